@@ -1,0 +1,51 @@
+# Every target sets up what it needs in .venv; a second run finds the stamps and starts at once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Installed first and by itself, so that no other package chooses the torch build.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?= -n 2 --dist loadfile
+BENCH_ARGS ?=
+
+# One thread per process: two pytest workers with a thread pool each fight for the same cores.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.stamp-demo
+	OMP_NUM_THREADS= $(BIN)/loramux demo
+
+test: lint
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.stamp-dev
+	$(BIN)/loramux bench decode $(BENCH_ARGS)
+	$(BIN)/loramux bench train $(BENCH_ARGS)
+
+$(VENV)/.stamp-torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+# The pin is repeated: a dependency must not move torch to another build.
+$(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo]"
+	touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

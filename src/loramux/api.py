@@ -1,0 +1,165 @@
+"""`attach` and `load`: a model and a method become a handle. Everything is built and checked before the model changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loramux import persist
+from loramux.core.adapter import Adapter
+from loramux.core.attach import Attachment, handle_of
+from loramux.core.bank import Rows, fresh_rows, weight_norm
+from loramux.core.method import Method, MethodConfig
+from loramux.core.sites import find_sites, select_sites
+from loramux.core.types import Site
+from loramux.methods import load_method
+
+DEFAULT_NAME = "default"
+
+
+class Handle(Attachment):
+    """A model with adapters attached: add, load, choose, save and remove them; `detach` restores the model."""
+
+    def add(self, config: MethodConfig, name: str = DEFAULT_NAME) -> Adapter:
+        """Attach a new adapter, ready to train."""
+        adapter = new_adapter(self.model, list(self.sites.values()), config, name)
+        self.put(adapter)
+        return adapter
+
+    def load(
+        self,
+        folder: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        trainable: bool = False,
+        check_base: bool = True,
+    ) -> Adapter:
+        """Attach a saved adapter or mixture. `trainable` resumes training from it."""
+        adapter = persist.read_adapter(
+            self.model, list(self.sites.values()), Path(folder), name, trainable, check_base
+        )
+        self.put(adapter)
+        return adapter
+
+    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Write one adapter: a PEFT folder if it is static, else a mixture folder with one PEFT folder per expert."""
+        return persist.write_adapter(self.model, self._named(name), Path(folder))
+
+    def trainable_parameters(self, name: str | None = None) -> dict[str, nn.Parameter]:
+        """Name -> parameter of one adapter, in declared order."""
+        return self._named(name).trainable()
+
+    def mask_experts(self, keep: Mapping[str, bool] | None, name: str | None = None) -> None:
+        """Mask branches of a gated mixture at inference: {expert name: False} leaves it out; None lifts the mask.
+
+        The gates of the others are renormalised, nothing is retrained.
+        """
+        adapter = self._named(name)
+        if keep is None:
+            adapter.mask = None
+            return
+        unknown = [expert for expert in keep if expert not in adapter.experts]
+        if unknown:
+            raise ValueError(f"no expert {unknown} in {adapter.name!r}; it has {list(adapter.experts)}")
+        mask = tuple(keep.get(expert, True) for expert in adapter.experts)
+        if not any(mask):
+            raise ValueError("all experts would be masked; call handle.use(None) for the bare base")
+        adapter.mask = mask
+
+    def describe(self) -> str:
+        """What is attached, and which backend ran last and why."""
+        lines = []
+        for adapter in self.adapters.values():
+            count = sum(p.numel() for p in adapter.parameters())
+            trained = sum(p.numel() for p in adapter.trainable().values())
+            lines.append(
+                f"{adapter.name}: {adapter.method.title} at {len(adapter.rows)} linears, {count:,} parameters, "
+                f"{trained:,} trainable, {adapter.method.servability}"
+            )
+        lines += [f"backend {name}: {why}" for name, why in self.dispatch.choices.items()]
+        return "\n".join(lines) if lines else "no adapters"
+
+
+def attach(
+    model: nn.Module, config: MethodConfig, name: str = DEFAULT_NAME, *, backend: str = "auto"
+) -> Handle:
+    """Wrap the targeted linears of `model` with a new adapter, ready to train; the base is frozen.
+
+    backend: "auto", or one of ops.choose.BACKENDS. Raises ValueError, with the model untouched, when the config does not
+    fit the model. The random rows come from torch's global generator: seed it for repeatable starts.
+    """
+    _refuse_second(model)
+    adapter = new_adapter(model, find_sites(model), config, name)
+    handle = Handle(model, backend)
+    handle.put(adapter)
+    return handle
+
+
+def load(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = DEFAULT_NAME,
+    *,
+    trainable: bool = False,
+    backend: str = "auto",
+    check_base: bool = True,
+) -> Handle:
+    """Attach a saved adapter: a PEFT folder, a loramux mixture, or a published MixLoRA folder (safetensors only).
+
+    All or nothing: a wrong base, missing, unused or non-finite tensors, unknown config keys or an adapter that changes
+    nothing raise ValueError and leave the model as it was.
+    """
+    _refuse_second(model)
+    adapter = persist.read_adapter(
+        model, find_sites(model), Path(folder), name, trainable, check_base
+    )
+    handle = Handle(model, backend)
+    handle.put(adapter)
+    return handle
+
+
+def _refuse_second(model: nn.Module) -> None:
+    if handle_of(model) is not None:
+        raise ValueError(
+            "this model already has adapters attached; use handle.add(config, name=...) or "
+            "handle.load(DIR, name=...) on its handle (loramux.handle_of(model)), or handle.detach() first"
+        )
+
+
+def new_adapter(
+    model: nn.Module, sites: list[Site], config: MethodConfig, name: str
+) -> Adapter:
+    """Fresh rows and routers for `config`, not yet attached."""
+    method: Method = load_method(config.method)(config)
+    if method.needs_adapters:
+        return persist.gated_adapter(model, sites, method, name)
+    chosen = select_sites(sites, config)
+    method.check_sites(chosen)
+    rows = {site.path: _fresh(model, site, method) for site in chosen}
+    adapter = Adapter(name, method, {s.path: s for s in chosen}, rows, method.routers(chosen))
+    adapter.set_trainable(True)
+    return adapter
+
+
+def _fresh(model: nn.Module, site: Site, method: Method) -> Rows:
+    config = method.config
+    magnitude = None
+    if config.use_dora:
+        weight: torch.Tensor = model.get_submodule(site.path).weight  # type: ignore[assignment]
+        magnitude = weight_norm(weight.T if site.transposed else weight)
+    return fresh_rows(
+        site,
+        method.experts(site),
+        gaussian=config.init_lora_weights == "gaussian",
+        magnitude_O=magnitude,
+    )
+
+
+def describe_config(config: MethodConfig) -> dict[str, Any]:
+    """{"name": method, ...fields}: what `config_from_dict` reads back."""
+    return {"name": config.method, **config.to_dict()}

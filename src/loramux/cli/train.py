@@ -1,0 +1,67 @@
+"""`loramux train RECIPE --out DIR`: what a recipe says, resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loramux.cli.output import JsonOption, emit, only_json, table
+from loramux.errors import RecipeError
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for adapters, states and logs.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the last state in the folder, if there is one.")
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, print it in full and stop.")
+    ] = False,
+    json: JsonOption = None,
+) -> None:
+    """Train the adapters of a recipe.
+
+    Safe to interrupt: the same command goes on where it stopped.
+
+    Example: loramux train recipes/milora.yaml --set training.steps=20 --out runs/milora
+    """
+    from loramux.recipe import load_recipe
+
+    checked = load_recipe(recipe, settings or ())
+    if dry_run:
+        _show_resolved(checked, json)
+        return
+    if out is None:
+        raise RecipeError("--out DIR is missing; name the folder that the run is written to")
+    with only_json(json):
+        from loramux.train.run import train_recipe
+
+        result = train_recipe(checked, out, resume=resume, progress=True)
+    emit(result, json, _show)
+
+
+def _show_resolved(recipe: Any, json: str | None) -> None:
+    from loramux.recipe import dump_recipe
+
+    jobs = recipe.jobs_resolved()
+    emit(
+        {"jobs": [job.model_dump(mode="json") for job in jobs]},
+        json,
+        lambda _: print("---\n".join(dump_recipe(job) for job in jobs), end=""),
+    )
+
+
+def _show(result: dict[str, Any]) -> None:
+    jobs = result.get("jobs")
+    rows = jobs if isinstance(jobs, list) else [result]
+    keys = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    table("Trained", keys, [[row.get(key) for key in keys] for row in rows])

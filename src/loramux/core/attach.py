@@ -1,0 +1,316 @@
+"""Attaches adapters to an unmodified transformers model and takes them off again without a trace.
+
+Four public seams are used: replaced linear children, forward hooks, the keyword arguments of a model call, and
+`generate` of the instance (wrapped, to know that one generation is one prompt).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from loramux.core.adapter import Adapter
+from loramux.core.batch import supervised_share
+from loramux.core.dispatch import Dispatch, PromptStore, State, call_by_name
+from loramux.core.linear import LoraLinear
+from loramux.core.sites import find_sites
+from loramux.core.types import RouteRecord, Site
+
+log = logging.getLogger(__name__)
+HOLDER = "loramux"  # the child of the model that owns all adapters
+
+
+class Attachment:
+    """Everything that was done to a model. One per model; `detach` undoes it exactly."""
+
+    def __init__(self, model: nn.Module, backend: str = "auto"):
+        if getattr(model, HOLDER, None) is not None:
+            raise ValueError(
+                "this model already has adapters attached; add to them with handle.add(config, name=...) "
+                "or handle.load(DIR, name=...), or call handle.detach() first"
+            )
+        self.model = model
+        self.sites = {site.path: site for site in find_sites(model)}
+        self.dispatch = Dispatch(backend)
+        self.dispatch.dtype = next(model.parameters()).dtype
+        self.linears: dict[str, LoraLinear] = {}
+        self._hooks: list[Any] = []
+        self._hooked: set[str] = set()
+        self._instance: list[tuple[nn.Module, str]] = []
+        self._frozen = [(p, p.requires_grad) for p in model.parameters()]
+        self._checkpointing: list[tuple[nn.Module, Any]] = []
+        model.requires_grad_(False)
+        self.holder = nn.ModuleDict()
+        model.add_module(HOLDER, self.holder)
+        object.__setattr__(self.holder, "handle", self)
+        self._hook_model()
+
+    @property
+    def adapters(self) -> dict[str, Adapter]:
+        """Attached adapters by name, in the order they were added."""
+        return self.dispatch.adapters
+
+    def put(self, adapter: Adapter) -> None:
+        """Wrap the sites of an adapter that is completely built, and register it. The first one becomes active."""
+        if adapter.name in self.adapters:
+            raise ValueError(f"an adapter named {adapter.name!r} is attached; remove it or choose a name")
+        device = next(self.model.parameters()).device
+        adapter.to(device)
+        adapter.train(self.model.training)
+        for path in adapter.rows:
+            if path not in self.linears:
+                self._wrap(self.sites[path])
+        for path, _ in adapter.hooked_routers():
+            self._hook_module(path)
+        self.holder[adapter.name.replace(".", "/")] = adapter
+        self.adapters[adapter.name] = adapter
+        self._forget()
+        if len(self.adapters) == 1:
+            self.dispatch.active = adapter.name
+
+    def remove(self, name: str) -> None:
+        """Take one adapter off. Linears stay wrapped until `detach`; unused, they are the bare base."""
+        removed = self._named(name)
+        for path, rows in removed.rows.items():
+            self.linears[path].states.pop(rows, None)
+        del self.adapters[name]
+        del self.holder[name.replace(".", "/")]
+        self._forget()
+        if self.dispatch.active == name:
+            self.dispatch.active = None
+
+    def use(self, name: str | None) -> None:
+        """Which adapter the next calls use for every row; None is the bare base."""
+        if name is not None:
+            self._named(name)
+        self.dispatch.active = name
+
+    def _named(self, name: str | None) -> Adapter:
+        name = self.dispatch.active if name is None else name
+        if name is None and len(self.adapters) == 1:
+            name = next(iter(self.adapters))
+        if name not in self.adapters:
+            raise ValueError(f"no adapter named {name!r} is attached; there are {list(self.adapters)}")
+        return self.adapters[name]
+
+    def _forget(self) -> None:
+        self.dispatch.stores.clear()
+        self.dispatch.last = None
+
+    @contextmanager
+    def batch(
+        self,
+        adapters: Sequence[str | None] | None = None,
+        prompt_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Model calls inside run these adapters, one per request (None: bare base), with these masks."""
+        for name in adapters or ():
+            if name is not None:
+                self._named(name)
+        before = self.dispatch.rows, self.dispatch.masks
+        self.dispatch.rows = None if adapters is None else list(adapters)
+        self.dispatch.masks = {"prompt_mask": prompt_mask, "segment_ids": segment_ids}
+        try:
+            yield
+        finally:
+            self.dispatch.rows, self.dispatch.masks = before
+
+    # --- What the last forward did --------------------------------------------------------------
+
+    def routing(self, name: str | None = None) -> list[RouteRecord]:
+        """What the routers of the last forward decided, by layer; of one adapter or of all."""
+        state = self.dispatch.state or self.dispatch.last
+        if state is None:
+            return []
+        records = state.recorder.records.values()
+        return [r for r in records if name is None or r.adapter == name]
+
+    def aux_losses(self, name: str | None = None) -> dict[str, Tensor]:
+        """Auxiliary losses of the last forward, coefficients applied: `adapter/loss` -> scalar."""
+        state = self.dispatch.state or self.dispatch.last
+        losses: dict[str, Tensor] = {}
+        for member in state.members if state is not None else ():
+            adapter = member.adapter
+            if name is None or adapter.name == name:
+                assert state is not None
+                found = adapter.method.aux_losses(state.recorder.of(adapter.name))
+                losses.update({f"{adapter.name}/{key}": value for key, value in found.items()})
+        return losses
+
+    # --- Hooks ------------------------------------------------------------------------------------
+
+    def _hook_model(self) -> None:
+        """The model, and its body for those who call it without the head."""
+        body = getattr(self.model, getattr(self.model, "base_model_prefix", ""), None)
+        for module in [self.model, *([body] if isinstance(body, nn.Module) else [])]:
+            self._hooks += [
+                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+            ]
+        for name, wrap in (("generate", self._generate), ("save_pretrained", self._save)):
+            original = getattr(self.model, name, None)
+            if original is not None:
+                setattr(self.model, name, functools.wraps(original)(functools.partial(wrap, original)))
+                self._instance.append((self.model, name))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dispatch = self.dispatch
+        dispatch.depth += 1
+        if dispatch.depth > 1:
+            return None
+        call = call_by_name(module, args, kwargs)
+        masks = [name for name in ("prompt_mask", "segment_ids") if name in kwargs]
+        dispatch.open(call, self.model.training)
+        if self.model.training:
+            self._follow_checkpointing()
+        if masks:
+            return args, {key: value for key, value in kwargs.items() if key not in masks}
+        return None
+
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        dispatch = self.dispatch
+        dispatch.depth = max(dispatch.depth - 1, 0)
+        if dispatch.depth > 0:
+            return None
+        state = dispatch.state
+        cache = getattr(output, "past_key_values", None)
+        dispatch.close(cache)
+        loss = getattr(output, "loss", None)
+        if state is None or loss is None or not state.training:
+            return None
+        auxiliary = self.aux_losses()
+        if auxiliary:
+            share = supervised_share(call_by_name(module, args, kwargs))
+            output.loss = loss + share * sum(auxiliary.values()).to(loss.dtype)
+        return output
+
+    def _hook_module(self, path: str) -> None:
+        if path in self._hooked:
+            return
+        self._hooked.add(path)
+
+        def arrived(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
+            if x is None:
+                raise ValueError(f"{path} was called without hidden states; its router cannot run")
+            self.dispatch.enter_module(path, x)
+
+        module = self.model.get_submodule(path)
+        self._hooks.append(module.register_forward_pre_hook(arrived, with_kwargs=True))
+
+    def _follow_checkpointing(self) -> None:
+        """Let every checkpointed layer re-run under the forward pass it belongs to."""
+        for layer in self._checkpointed_layers():
+            original = layer._gradient_checkpointing_func
+            if isinstance(original, _Bound):
+                continue
+            reentrant = getattr(original, "keywords", {}).get("use_reentrant", False)
+            if reentrant and any(a.routes_on_prompt for a in self.adapters.values()):
+                raise ValueError(
+                    "routes decided at a layer's input cannot pass through re-entrant checkpointing; use "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
+            layer._gradient_checkpointing_func = _Bound(original, self.dispatch)  # type: ignore[assignment]
+            self._checkpointing.append((layer, original))
+
+    def _checkpointed_layers(self) -> Iterator[nn.Module]:
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False) and hasattr(
+                module, "_gradient_checkpointing_func"
+            ):
+                yield module
+
+    # --- Wrapped methods of the instance ----------------------------------------------------------
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk and any(a.routes_on_prompt for a in self.adapters.values()):
+            raise ValueError(
+                "an adapter here routes on the whole prompt, so its prefill cannot be chunked; "
+                "leave prefill_chunk_size unset"
+            )
+        before = self.dispatch.generation
+        generation: dict[str, PromptStore] = {}
+        self.dispatch.generation = generation
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self.dispatch.generation = before
+
+    def _save(self, original: Callable[..., Any], save_directory: Any, **_: Any) -> None:
+        """`model.save_pretrained` of an attached model saves the active adapter, as PEFT models do."""
+        self.save(save_directory)
+
+    def save(self, folder: Any, name: str | None = None) -> Any:
+        raise NotImplementedError("loramux.Handle knows the file formats")
+
+    def detach(self) -> None:
+        """Give the model back as it was: the same linear objects, flags and methods; adapters are dropped."""
+        for hook in self._hooks:
+            hook.remove()
+        for module, name in self._instance:
+            delattr(module, name)
+        for layer, original in self._checkpointing:
+            layer._gradient_checkpointing_func = original
+        for path, linear in self.linears.items():
+            _replace(self.model, path, linear.base_layer)
+        delattr(self.model, HOLDER)
+        for parameter, flag in self._frozen:
+            parameter.requires_grad_(flag)
+        self.linears.clear()
+        self.adapters.clear()
+        self._forget()
+
+    def _wrap(self, site: Site) -> None:
+        linear = LoraLinear(self.model.get_submodule(site.path), site, self.dispatch)
+        linear.training = self.model.training
+        _replace(self.model, site.path, linear)
+        self.linears[site.path] = linear
+
+
+class _Bound:
+    """A checkpoint function that re-enters the forward pass in which it was called."""
+
+    def __init__(self, original: Callable[..., Any], dispatch: Dispatch):
+        self.original = original
+        self.dispatch = dispatch
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        state = self.dispatch.state
+        if state is None:
+            return self.original(function, *args, **kwargs)
+        return self.original(functools.partial(self._run, state, function), *args, **kwargs)
+
+    def _run(self, state: State, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.dispatch.state is state:
+            return function(*args, **kwargs)
+        with self.dispatch.resume(state):
+            return function(*args, **kwargs)
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def handle_of(model: nn.Module) -> Any:
+    """The handle of a model that `attach` or `load` was called on, or None."""
+    holder = getattr(model, HOLDER, None)
+    return getattr(holder, "handle", None)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the frozen base under the names they have without adapters."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith(HOLDER + "."):
+            yield name.replace(".base_layer.", "."), parameter
+

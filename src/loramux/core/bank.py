@@ -1,0 +1,154 @@
+"""The rows of an adapter at a site, rank-major, and every edit of them as one gather.
+
+Why rank-major in both factors: row i of A and row i of B are one rank, so prune, duplicate, reorder and gate are row
+operations. The scale of a slot stays beside its span and multiplies `w`, so saving is lossless.
+
+Letters: R rank rows, E slots, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loramux.core.types import Expert, Site
+from loramux.ops.contract import Spans
+
+
+class Rows(nn.Module):
+    """A [R, I], B [R, O] and, for DoRA, the magnitudes [E, O] of one adapter at one site."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    magnitude: nn.Parameter | None
+
+    def __init__(self, spans: Spans, a: Tensor, b: Tensor, magnitude: Tensor | None = None):
+        super().__init__()
+        if a.shape[0] != spans.num_rows or b.shape[0] != spans.num_rows:
+            raise ValueError(
+                f"spans own {spans.num_rows} rank rows, but A has {a.shape[0]} and B {b.shape[0]}"
+            )
+        self.spans = spans
+        self.a = nn.Parameter(a, requires_grad=False)
+        self.b = nn.Parameter(b, requires_grad=False)
+        self.magnitude = (
+            None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
+        )
+
+    def extra_repr(self) -> str:
+        return f"slots={self.spans.num_slots}, ranks={self.spans.rank}"
+
+    def slot_rows(self, slot: int) -> slice:
+        start = self.spans.start[slot]
+        return slice(start, start + self.spans.rank[slot])
+
+    def gather_ranks(
+        self, slot: int, index: Sequence[int], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Rebuild `slot` from its own rows, in this order; -1 makes a fresh row (A random, B zero).
+
+        Returns the gather index over all rank rows of the site (-1 = fresh): pass it to `gather_moments` so that the
+        optimizer's state follows. Slots behind this one move; the function computed changes only as `index` says.
+        """
+        start, rank = self.spans.start[slot], self.spans.rank[slot]
+        bad = [i for i in index if not -1 <= i < rank]
+        if bad:
+            raise ValueError(f"slot {slot} has rows 0..{rank - 1} (-1 for a fresh one), got {bad}")
+        own = [start + i if i >= 0 else -1 for i in index]
+        rows = [*range(start), *own, *range(start + rank, self.spans.num_rows)]
+        take = torch.tensor(rows, dtype=torch.long, device=self.a.device)
+        a, b = gather_rows(self.a.data, take), gather_rows(self.b.data, take)
+        fresh = take < 0
+        if bool(fresh.any()):
+            a[fresh] = init_a(int(fresh.sum()), a.shape[1], generator).to(a)
+        ranks = [*self.spans.rank[:slot], len(own), *self.spans.rank[slot + 1 :]]
+        self.spans = Spans.packed(ranks, self.spans.scale)
+        self.a = nn.Parameter(a, requires_grad=self.a.requires_grad)
+        self.b = nn.Parameter(b, requires_grad=self.b.requires_grad)
+        return take
+
+
+def gather_rows(rows: Tensor, take: Tensor) -> Tensor:
+    """rows[take], with zeros where `take` is -1."""
+    out = rows[take.clamp_min(0)]
+    out[take < 0] = 0
+    return out
+
+
+def gather_moments(
+    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, take: Tensor
+) -> None:
+    """Let `new` stand in for `old` in the optimizer; its per-row moments follow the rows, fresh rows start at zero."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if p is old else p for p in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = {
+            key: gather_rows(value, take)
+            if torch.is_tensor(value) and value.shape == old.shape
+            else value
+            for key, value in state.items()
+        }
+
+
+def init_a(rank: int, d_in: int, generator: torch.Generator | None = None) -> Tensor:
+    """Kaiming uniform with a = sqrt(5), as PEFT: uniform in +-1/sqrt(d_in). fp32 [rank, d_in]."""
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+
+
+def init_a_gaussian(rank: int, d_in: int, generator: torch.Generator | None = None) -> Tensor:
+    """Normal with standard deviation 1/rank, as PEFT's `gaussian`. fp32 [rank, d_in]."""
+    return torch.empty(rank, d_in).normal_(0, 1 / rank, generator=generator)
+
+
+def fresh_rows(
+    site: Site,
+    experts: Sequence[Expert],
+    *,
+    gaussian: bool = False,
+    magnitude_O: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Rows:
+    """New experts in fp32: A random, B zero, magnitudes (if given) equal for all: together they change nothing."""
+    init = init_a_gaussian if gaussian else init_a
+    spans = Spans.packed([e.rank for e in experts], [e.scale for e in experts])
+    parts = [init(e.rank, site.d_in, generator) for e in experts if e.rank]
+    a = torch.cat(parts) if parts else torch.zeros(0, site.d_in)
+    magnitude = None if magnitude_O is None else magnitude_O.repeat(len(experts), 1)
+    return Rows(spans, a, torch.zeros(spans.num_rows, site.d_out), magnitude)
+
+
+# --- DoRA ---------------------------------------------------------------------------------------
+
+
+def weight_norm(weight_OI: Tensor) -> Tensor:
+    """Norm of each output row of the frozen weight, fp32 (fp64 stays): DoRA's magnitude at the start."""
+    wide = weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()
+    return torch.linalg.vector_norm(wide, dim=1)
+
+
+def dora_gain(rows: Rows, weight_OI: Tensor) -> Tensor:
+    """c [E, O] = m / ||W + s B^T A||, the norm detached from autograd as the DoRA paper does.
+
+    The norm of the sum is expanded, ||w||^2 + 2 s w.(BA) + s^2 |BA|^2, so no O x I matrix is built per expert.
+    """
+    assert rows.magnitude is not None, "dora_gain needs magnitudes"
+    dtype = torch.float64 if weight_OI.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        weight, a, b = weight_OI.to(dtype), rows.a.to(dtype), rows.b.to(dtype)
+        base_O = weight.square().sum(1)
+        cross_RO = a @ weight.T
+        norms = []
+        for slot, scale in enumerate(rows.spans.scale):
+            at = rows.slot_rows(slot)
+            gram_RR = a[at] @ a[at].T
+            square_O = base_O + scale * (
+                2 * (b[at] * cross_RO[at]).sum(0) + scale * (b[at] * (gram_RR @ b[at])).sum(0)
+            )
+            norms.append(square_O.clamp_min(0).sqrt())
+        norm_EO = torch.stack(norms)
+    return rows.magnitude.to(dtype) / norm_EO

@@ -1,0 +1,155 @@
+"""The one wrapper around a linear: base, plus whatever the current forward pass says acts here.
+
+Roles: `plain`; `enter`, where a token may become several FFN rows; `exit`, where rows fold back into tokens.
+With combine = "rows" nothing between the two is rewritten: the elementwise part of an FFN does not care about rows.
+At the exit the base runs once per token, not once per row, since it is linear and shared.
+
+Letters: N tokens, M FFN rows, P pairs, R rank rows, E experts, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from loramux.core.bank import Rows, dora_gain
+from loramux.core.types import Site
+from loramux.ops import cpu, reference
+from loramux.ops.rows import fold_rows, to_rows
+from loramux.ops.contract import Pairs, RowMap
+
+if TYPE_CHECKING:
+    from loramux.core.dispatch import Dispatch
+    from loramux.core.plan import Part, Plan
+
+
+class LoraLinear(nn.Module):
+    """Stands where a linear of the model stood; `detach` puts the very same object back."""
+
+    def __init__(self, base_layer: nn.Module, site: Site, dispatch: Dispatch):
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self.dispatch = dispatch
+        # The kernel's view of this site, one per adapter (None: the base alone).
+        self.states: dict[Rows | None, cpu.SiteState] = {}
+
+    # Models look at these on their linears (dtype checks, tensor-parallel plans).
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def in_features(self) -> int:
+        return self.site.d_in
+
+    @property
+    def out_features(self) -> int:
+        return self.site.d_out
+
+    def weight_OI(self) -> Tensor:
+        """The frozen weight as [O, I], whatever the module keeps."""
+        weight: Tensor = self.weight
+        return weight.T if self.site.transposed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.dispatch.plan(self.site)
+        if plan is None:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        rows_in = x.reshape(-1, x.shape[-1])
+        if plan.backend == "cpu":
+            y = self._fused(rows_in, plan)
+        else:
+            y = self._base(rows_in, plan.row_map)
+            for part in plan.parts:
+                y = self._add(y, rows_in, part)
+        if plan.bias_N is not None and self.bias is not None:
+            # The expert outputs, bias included, are weighted; the fold counted the bias once.
+            y = y + ((plan.bias_N - 1).unsqueeze(1) * self.bias).to(y.dtype)
+        lead = x.shape[:-1] if plan.row_map is None else plan.lead_out
+        return y.view(*lead, self.site.d_out)
+
+    # --- The path for training and long prompts ----------------------------------------------
+
+    def _base(self, x: Tensor, row_map: RowMap | None) -> Tensor:
+        """The frozen linear on tokens: at an `enter` site its output is copied to rows, at an `exit` rows fold first."""
+        if row_map is None:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        if self.site.role == "enter":
+            return to_rows(self.base_layer(x), row_map)
+        return self.base_layer(fold_rows(x, row_map))  # type: ignore[no-any-return]
+
+    def _add(self, y: Tensor, x: Tensor, part: Part) -> Tensor:
+        rows = part.rows
+        pairs = part.pairs
+        if part.late is not None:
+            return self._add_late(y, x, part)
+        if part.dropout > 0:
+            x, pairs = part.drop(x)
+        if rows.magnitude is not None:
+            return self._add_dora(y, x, pairs, rows)
+        return part.apply(y, x, rows.a, rows.b, rows.spans, pairs)
+
+    def _add_late(self, y: Tensor, x: Tensor, part: Part) -> Tensor:
+        """Shrink, ask the gate (it reads t = A x), expand. Row n of the adapter's tokens weighs its E experts."""
+        rows, spans = part.rows, part.rows.spans
+        own = part.late.own_rows(self.site)
+        if own is not None:
+            x = x[own.src]
+        t_nR = nn.functional.linear(x, rows.a.to(x.dtype))
+        weight_nE = part.late.weights(t_nR)
+        slot_R, scale_R = spans.row_slot_R.to(y.device), spans.row_scale_R.to(y.device)
+        u_nR = t_nR * (weight_nE[:, slot_R] * scale_R).to(t_nR.dtype)
+        if own is None:
+            return torch.addmm(y, u_nR, rows.b.to(u_nR.dtype))
+        return y.index_add(0, own.dst, u_nR @ rows.b.to(u_nR.dtype))
+
+    def _add_dora(self, y: Tensor, x: Tensor, pairs: Pairs, rows: Rows) -> Tensor:
+        """y[dst] += weight * ((c - 1) * W0 x[src] + c * s B^T A x[src]), c = m / ||W0 + s B^T A|| per expert."""
+        gain_EO = dora_gain(rows, self.weight_OI())
+        src, dst, slot = pairs.src.long(), pairs.dst.long(), pairs.slot.long()
+        base_SO = nn.functional.linear(x, self.weight_OI())
+        weight_P1 = pairs.weight.unsqueeze(-1)
+        # Every pair is a destination row of its own first: the gain belongs to the expert, not to the token.
+        own = Pairs(
+            src=pairs.src,
+            dst=torch.arange(pairs.num_pairs, dtype=torch.int32, device=x.device),
+            slot=pairs.slot,
+            weight=torch.ones_like(pairs.weight),
+            num_src=pairs.num_src,
+            num_dst=pairs.num_pairs,
+            rank_weight=pairs.rank_weight,
+        )
+        zero_PO = torch.zeros(pairs.num_pairs, y.shape[-1], dtype=y.dtype, device=y.device)
+        delta_PO = reference.apply(zero_PO, x, rows.a, rows.b, rows.spans, own)
+        gain_PO = gain_EO[slot.clamp_min(0)].to(torch.promote_types(y.dtype, torch.float32))
+        weight_P1 = weight_P1.to(gain_PO.dtype).masked_fill((slot < 0).unsqueeze(-1), 0.0)
+        change_PO = weight_P1 * (gain_PO * (base_SO[src] + delta_PO) - base_SO[src])
+        return y.index_add(0, dst, change_PO.to(y.dtype))
+
+    # --- The path for few rows on CPU: base and experts in one call ---------------------------
+
+    def _fused(self, x: Tensor, plan: Plan) -> Tensor:
+        enter = plan.row_map if self.site.role == "enter" else None
+        leave = plan.row_map if self.site.role == "exit" else None
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        first = plan.parts[0] if plan.parts else None
+        rows = None if first is None else first.rows
+        state = self.states.get(rows)
+        if state is None:
+            state = self.states[rows] = cpu.SiteState()
+        if first is None or rows is None:
+            return cpu.linear(x, weight, bias, enter=enter, exit=leave, state=state)  # type: ignore[arg-type]
+        y = cpu.linear(
+            x, weight, bias, rows.a, rows.b, rows.spans, first.pairs,
+            enter=enter, exit=leave, state=state,
+        )  # fmt: skip  # type: ignore[arg-type]
+        for part in plan.parts[1:]:
+            y = cpu.apply(y, x, part.rows.a, part.rows.b, part.rows.spans, part.pairs)
+        return y

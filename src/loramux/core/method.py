@@ -1,0 +1,124 @@
+"""A method: what is allocated at the sites, who routes, what is trained, how well the result can be served.
+
+Why a class and not a registry of functions: `Adapter` asks it a handful of questions and never looks at its type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from loramux.core.router import Router
+from loramux.core.types import Expert, RouteRecord, Servability, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """Fields every method has, under PEFT's names.
+
+    target_modules: None for every linear of the decoder layers, a list of name endings, or one regular expression.
+    rank_pattern / alpha_pattern: {name ending or regex: value} for sites that differ.
+    """
+
+    method: ClassVar[str]
+
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal[True, "gaussian"] = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", self.default_alpha())
+        if not (isinstance(self.r, int) and self.r > 0):
+            raise ValueError(f"r must be a positive integer, got {self.r!r}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+
+    def default_alpha(self) -> float:
+        """lora_alpha when none is given."""
+        return 16.0
+
+    def rank_at(self, path: str) -> int:
+        return int(_by_pattern(self.rank_pattern, path, self.r))
+
+    def scale_at(self, path: str, rank: int | None = None) -> float:
+        """alpha / r, or alpha / sqrt(r) with rsLoRA; PEFT's arithmetic."""
+        rank = self.rank_at(path) if rank is None else rank
+        alpha = _by_pattern(self.alpha_pattern, path, self.lora_alpha)
+        return float(alpha / rank**0.5 if self.use_rslora else alpha / rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values of every field."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regex, matches the end of the path at a dot."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+class Method:
+    """One paper. Subclasses override what differs from a plain LoRA."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    granularity: ClassVar[str]
+    routing_unit: ClassVar[str]
+    servability: ClassVar[Servability]
+    config_class: ClassVar[type[MethodConfig]]
+    default_learning_rate: ClassVar[float] = 1e-4
+    needs_adapters: ClassVar[bool] = False
+    trains_rows: ClassVar[bool] = True
+
+    def __init__(self, config: MethodConfig):
+        self.config = config
+
+    def experts(self, site: Site) -> list[Expert]:
+        """The experts to allocate at this site."""
+        return [Expert(self.config.rank_at(site.path), self.config.scale_at(site.path))]
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Refuse a model whose sites this method cannot use."""
+
+    def routers(self, sites: Sequence[Site]) -> dict[str, Router]:
+        """Routers by the path of the module whose input they read; late routers by the path of their site."""
+        return {}
+
+    def unit_of(self, site: Site) -> str | None:
+        """For late gates: the path of the site whose router governs this site; None where nothing gates it."""
+        return None
+
+    def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
+        """Named auxiliary losses of one forward pass, coefficients applied."""
+        return {}
+
+    def expert_names(self, num: int) -> tuple[str, ...]:
+        """Names of the experts of a site, in slot order."""
+        return tuple(str(i) for i in range(num))

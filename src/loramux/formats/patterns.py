@@ -1,0 +1,154 @@
+"""Which module a name in adapter_config.json means: PEFT's own rules, made safe and quick.
+
+Why not PEFT's functions: importing it takes seconds. Why safe: the keys are regular expressions from a file, and Python
+has no time limit for a match. Why quick: an adapter with a rank of its own at every site has hundreds of keys.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
+
+from loramux.formats.errors import FormatError
+
+T = TypeVar("T")
+
+MODULE_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
+MAX_PATH = 256
+MAX_PATTERN = 2048
+MAX_REPEATS = 3
+
+_PLAIN = re.compile(r"\^?[A-Za-z0-9_.-]*[A-Za-z0-9_-]")
+_GROUP_REPEAT = re.compile(r"\)[*+{]")
+_REPEAT = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
+
+
+def compile_safely(pattern: str, field: str) -> re.Pattern[str]:
+    """Compile a pattern out of a file; refuse the shapes whose matching time explodes."""
+    if (
+        len(pattern) > MAX_PATTERN
+        or _GROUP_REPEAT.search(pattern)
+        or len(_REPEAT.findall(pattern)) > MAX_REPEATS
+    ):
+        raise FormatError(
+            f"{field}: pattern {pattern[:80]!r} repeats a group or has more than {MAX_REPEATS} repeats, which can "
+            "take for ever to match; write the module names out instead",
+            code="bad_pattern",
+        )
+    try:
+        with warnings.catch_warnings():
+            # "Possible nested set" and the like: the pattern is the file's, not ours to mend.
+            warnings.simplefilter("ignore")
+            return re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise FormatError(
+            f"{field}: {pattern[:80]!r} is no regular expression: {error}", code="bad_pattern"
+        ) from None
+
+
+class PatternTable(Generic[T]):
+    """rank_pattern or alpha_pattern: the first key that matches the end of a path at a dot (or all of it) wins."""
+
+    def __init__(self, pattern: Mapping[str, T] | None, field: str):
+        self._values: list[T] = []
+        self._by_tail: dict[str, list[tuple[int, str]]] = {}
+        self._regexes: list[tuple[int, re.Pattern[str]]] = []
+        for order, (key, value) in enumerate((pattern or {}).items()):
+            self._values.append(value)
+            if _PLAIN.fullmatch(key):
+                # What follows the last dot is literal, so it must be how the path ends.
+                tail = key.removeprefix("^").rpartition(".")[2]
+                self._by_tail.setdefault(tail, []).append((order, key))
+            else:
+                compile_safely(key, field)
+                self._regexes.append((order, compile_safely(rf"(.*\.)?({key})$", field)))
+        self._tail_lengths = sorted({len(tail) for tail in self._by_tail})
+
+    def find(self, path: str, default: T) -> T:
+        order = self._first(path)
+        return default if order is None else self._values[order]
+
+    def unused(self, paths: Mapping[str, Any]) -> list[int]:
+        """Positions of keys that decide for none of these paths."""
+        used = {self._first(path) for path in paths}
+        return [order for order in range(len(self._values)) if order not in used]
+
+    def _first(self, path: str) -> int | None:
+        best: int | None = None
+        for length in self._tail_lengths:
+            for order, key in self._by_tail.get(path[-length:], ()):
+                if (best is None or order < best) and _ends_with(path, key):
+                    best = order
+        for order, regex in self._regexes:
+            if best is not None and order > best:
+                break
+            if regex.match(path):
+                return order
+        return best
+
+
+def target_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """PEFT's check of target_modules, exclude_modules, layers_to_transform and layers_pattern, for one module path."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    is_excluded = _any_name(excluded, "exclude_modules") if excluded else _never
+    if targets is None or targets == "all-linear":
+        # PEFT asks the model here; the file alone cannot say more.
+        return lambda path: not is_excluded(path)
+    if isinstance(targets, str):
+        is_target = _any_name(targets, "target_modules")
+        return lambda path: not is_excluded(path) and is_target(path)
+    in_layer = _layer_test(config)
+    exact, endings = frozenset(targets), tuple(f".{name}" for name in targets)
+    # A full path is meant whatever its layer; only endings are limited to layers_to_transform.
+    return lambda path: (
+        not is_excluded(path) and (path in exact or (path.endswith(endings) and in_layer(path)))
+    )
+
+
+def _any_name(names: str | list[str], field: str) -> Callable[[str], bool]:
+    if isinstance(names, str):
+        regex = compile_safely(names, field)
+        return lambda path: regex.fullmatch(path) is not None
+    exact = frozenset(names)
+    endings = tuple(f".{name}" for name in names)
+    return lambda path: path in exact or path.endswith(endings)
+
+
+def _layer_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    indexes, patterns = config.get("layers_to_transform"), config.get("layers_pattern")
+    if indexes is None or indexes == []:
+        return _always
+    wanted = frozenset([indexes] if isinstance(indexes, int) else indexes)
+    if not patterns:
+        regexes = [re.compile(r".*?\.[^.]*\.(?P<idx>\d+)\.")]
+    else:
+        names = [patterns] if isinstance(patterns, str) else patterns
+        for name in names:
+            compile_safely(name, "layers_pattern")
+        regexes = [re.compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
+
+    def test(path: str) -> bool:
+        match = next((m for regex in regexes if (m := regex.match(path))), None)
+        return match is not None and int(match["idx"]) in wanted
+
+    return test
+
+
+def _ends_with(path: str, key: str) -> bool:
+    """`re.match(rf"(.*\\.)?({key})$", path)` for a plain key, whose dots stand for any character."""
+    body = key.removeprefix("^")
+    ahead = len(path) - len(body)
+    if ahead < 0 or (ahead and (body is not key or path[ahead - 1] != ".")):
+        return False
+    tail = path[ahead:]
+    return tail == body or all(k in (".", c) for k, c in zip(body, tail, strict=True))
+
+
+def _never(path: str) -> bool:
+    return False
+
+
+def _always(path: str) -> bool:
+    return True

@@ -1,0 +1,130 @@
+"""A published MixLoRA folder becomes an attached adapter, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from loramux.core.adapter import Adapter
+from loramux.core.bank import Rows
+from loramux.core.types import Site
+from loramux.formats.errors import FormatError
+from loramux.formats.mixlora import MixLoraTensors
+from loramux.formats.mixlora_config import expert_setting
+from loramux.formats.tensors import SiteTensors
+from loramux.methods.mixlora import MixLoRAConfig, MixLoRAMethod
+from loramux.ops.contract import Spans
+
+SAME_NAME = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_dora",
+    "use_rslora",
+    "routing_strategy",
+    "num_experts",
+    "top_k",
+    "top_p",
+    "temperature",
+    "expert_capacity",
+    "sparse_step",
+    "router_aux_loss_coef",
+    "router_init_range",
+    "jitter_noise",
+)
+
+
+def mixlora_adapter(
+    sites: Sequence[Site], config: Mapping[str, Any], tensors: MixLoraTensors, name: str
+) -> Adapter:
+    """Check the tensors against the model's sites and stack the experts. The routing computed is the published code's."""
+    own = MixLoRAConfig(
+        **{key: config[key] for key in SAME_NAME if config.get(key) is not None},
+        target_modules=tuple([*tensors.attention, *tensors.ffn]),
+        aux_form="code",
+        expert_r=expert_setting(config, "r"),
+        expert_alpha=expert_setting(config, "lora_alpha"),
+        published_parity=config["routing_strategy"] == "mixlora-dynamic",
+    )
+    experts = {**{path: [t] for path, t in tensors.attention.items()}, **tensors.ffn}
+    found = _matching(sites, experts)
+    method = MixLoRAMethod(own)
+    chosen = list(found.values())
+    method.check_sites(chosen)
+    rows = {path: _rows(experts[path], method, site) for path, site in found.items()}
+    routers = method.routers(chosen)
+    layer_of = {site.block: site.layer for site in chosen}
+    for block, router in routers.items():
+        gate = tensors.gates.get(layer_of[block])
+        if gate is None:
+            raise FormatError(f"there is no moe_gate for layer {layer_of[block]}, but it has experts")
+        router.weight = torch.nn.Parameter(gate.float().clone())
+    return Adapter(name, method, found, rows, routers)
+
+
+def _matching(
+    sites: Sequence[Site], experts: Mapping[str, list[SiteTensors]]
+) -> dict[str, Site]:
+    by_path = {site.path: site for site in sites}
+    for path, own in experts.items():
+        site = by_path.get(path)
+        if site is None or (own[0].d_in, own[0].d_out) != (site.d_in, site.d_out):
+            raise FormatError(
+                f"{path} ({own[0].d_in} -> {own[0].d_out}) is not a linear of this model; the mixture was trained on "
+                "another base"
+            )
+    return {site.path: site for site in sites if site.path in experts}
+
+
+def _rows(experts: list[SiteTensors], method: MixLoRAMethod, site: Site) -> Rows:
+    scales = [e.scale for e in method.experts(site)]
+    if len(scales) != len(experts):
+        raise FormatError(f"{site.path} has {len(experts)} experts, its config asks for {len(scales)}")
+    magnitudes = [e.magnitude for e in experts if e.magnitude is not None]
+    return Rows(
+        Spans.packed([e.rank for e in experts], scales),
+        torch.cat([e.a for e in experts]),
+        torch.cat([e.b for e in experts]).contiguous(),
+        torch.stack(magnitudes) if magnitudes else None,
+    )
+
+
+def mixlora_tensors(adapter: Adapter, config: Mapping[str, Any]) -> MixLoraTensors:
+    """The tensors of an attached MixLoRA in the published layout; `config` is what `mixlora_config` gives."""
+    attention: dict[str, SiteTensors] = {}
+    ffn: dict[str, list[SiteTensors]] = {}
+    for path, rows in adapter.rows.items():
+        entries = [
+            SiteTensors(
+                rows.a.detach()[rows.slot_rows(slot)],
+                rows.b.detach()[rows.slot_rows(slot)],
+                None if rows.magnitude is None else rows.magnitude.detach()[slot],
+            )
+            for slot in range(rows.spans.num_slots)
+        ]
+        if adapter.sites[path].kind == "ffn":
+            ffn[path] = entries
+        else:
+            attention[path] = entries[0]
+    layer_of = {site.block: site.layer for site in adapter.sites.values()}
+    gates = {layer_of[block]: r.weight.detach() for block, r in adapter.routers.items()}
+    return MixLoraTensors.build(config, attention, ffn, gates)
+
+
+def mixlora_config(adapter: Adapter, base_name: str = "") -> dict[str, Any]:
+    """adapter_config.json of the published layout for an attached MixLoRA."""
+    own = adapter.method.config
+    assert isinstance(own, MixLoRAConfig)
+    values = own.to_dict()
+    targets = sorted({site.name.rpartition(".")[2] for site in adapter.sites.values()})
+    return {
+        "peft_type": "MIXLORA",
+        "task_type": "CAUSAL_LM",
+        "bias": "none",
+        "base_model_name_or_path": base_name,
+        "target_modules": targets,
+        "act_fn": None,
+        **{key: values[key] for key in SAME_NAME},
+    }

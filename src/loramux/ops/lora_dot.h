@@ -1,0 +1,189 @@
+/* Dot products of a few rows of x with 16 rows of W: vectors, types, and the one order in which a sum is made.
+ *
+ * A vector has 16, 8 or 4 lanes by instruction set. Each (row, output) has one accumulator that walks the input in
+ * order and is folded by one tree.
+ */
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+#if defined(__AVX512F__)
+enum { LANES = 16, MAX_ROWS = 4 };
+#elif defined(__AVX2__)
+enum { LANES = 8, MAX_ROWS = 2 };
+#else
+enum { LANES = 4, MAX_ROWS = 2 };
+#endif
+
+enum { TILE = 16, GROUP = 4, PARTS = TILE / LANES, PREFETCH = 4096 };
+enum { FP32 = 0, BF16 = 1 };
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef struct { vec v[PARTS]; } tile; /* 16 outputs of one row */
+
+INLINE int64_t size_of(int type) { return type == BF16 ? 2 : 4; }
+INLINE const char *at(const void *base, int type, int64_t i) { return (const char *)base + i * size_of(type); }
+
+INLINE vec widen(const char *p, int type) {
+    vec v;
+    if (type == FP32) {
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    halves h;
+    memcpy(&h, p, sizeof h);
+    bits b = __builtin_convertvector(h, bits) << 16;
+    memcpy(&v, &b, sizeof v);
+    return v;
+}
+
+INLINE uint16_t round_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16) | 0x40; /* keep NaN a NaN */
+    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+INLINE tile load_tile(const char *p, int type, int64_t count) {
+    char part[4 * TILE] = {0};
+    if (count < TILE) p = memcpy(part, p, count * size_of(type));
+    tile t;
+    UNROLL for (int i = 0; i < PARTS; i++) t.v[i] = widen(at(p, type, i * LANES), type);
+    return t;
+}
+
+INLINE void store_tile(char *p, int type, int64_t count, tile t) {
+    float f[TILE];
+    uint16_t h[TILE];
+    memcpy(f, &t, sizeof f);
+    if (type == BF16) {
+        UNROLL for (int i = 0; i < TILE; i++) h[i] = round_bf16(f[i]);
+    }
+    const void *from = type == BF16 ? (const void *)h : (const void *)f;
+    if (count >= TILE)
+        memcpy(p, from, TILE * size_of(type));
+    else
+        memcpy(p, from, count * size_of(type));
+}
+
+/* A step of a dot product takes 2 * LANES inputs when both sides are bf16 (pairs as they lie in memory), else LANES. */
+INLINE int step_width(int xt, int wt) { return xt == BF16 && wt == BF16 ? 2 * LANES : LANES; }
+
+INLINE vec load_step(const char *p, int type, int pairs) {
+    vec v;
+    if (!pairs) return widen(p, type);
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE vec dot_step(vec acc, vec x, vec w, int pairs) {
+    if (!pairs) return acc + x * w;
+#if defined(__AVX512BF16__)
+    return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)w);
+#else
+    /* Two neighbours per lane: the odd one is a float already but for its low bits, the even one a shift away. */
+    acc += (vec)((bits)x << 16) * (vec)((bits)w << 16);
+    return acc + (vec)((bits)x & 0xffff0000u) * (vec)((bits)w & 0xffff0000u);
+#endif
+}
+
+/* part[row][j] = dot product of x row `row` and w row `j`, its lanes not yet summed; `rows` is a constant. */
+INLINE void dot_group(vec part[][TILE], const char *const *x, int xt, const char *const *w, int wt, int64_t width,
+                      const int rows) {
+    const int step = step_width(xt, wt), pairs = step > LANES;
+    vec acc[MAX_ROWS][GROUP] = {0}, wv[GROUP];
+    int64_t k = 0;
+    for (; k + step <= width; k += step) {
+        UNROLL for (int j = 0; j < GROUP; j++) {
+            __builtin_prefetch(at(w[j], wt, k) + PREFETCH, 0, 3);
+            wv[j] = load_step(at(w[j], wt, k), wt, pairs);
+        }
+        UNROLL for (int i = 0; i < rows; i++) {
+            vec xv = load_step(at(x[i], xt, k), xt, pairs);
+            UNROLL for (int j = 0; j < GROUP; j++) acc[i][j] = dot_step(acc[i][j], xv, wv[j], pairs);
+        }
+    }
+    if (k < width) { /* the last few inputs, padded with zeros */
+        char x_end[8 * LANES], w_end[GROUP][8 * LANES] = {{0}};
+        UNROLL for (int j = 0; j < GROUP; j++) {
+            memcpy(w_end[j], at(w[j], wt, k), (width - k) * size_of(wt));
+            wv[j] = load_step(w_end[j], wt, pairs);
+        }
+        UNROLL for (int i = 0; i < rows; i++) {
+            memset(x_end, 0, sizeof x_end);
+            memcpy(x_end, at(x[i], xt, k), (width - k) * size_of(xt));
+            vec xv = load_step(x_end, xt, pairs);
+            UNROLL for (int j = 0; j < GROUP; j++) acc[i][j] = dot_step(acc[i][j], xv, wv[j], pairs);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < GROUP; j++) part[i][j] = acc[i][j];
+}
+
+/* Sums the lanes of 16 vectors, halves first: lane i + lane i+8, then i+4, i+2, i+1. */
+INLINE tile fold_lanes(const vec *part) {
+    tile out;
+#if defined(__AVX512F__)
+    __m512 a[8], b[4], c[2];
+    UNROLL for (int i = 0; i < 8; i++) { /* a[i]: part[k] and part[k+4] for k = i%4 + 8*(i/4) */
+        __m512 p = (__m512)part[i % 4 + 8 * (i / 4)], q = (__m512)part[i % 4 + 8 * (i / 4) + 4];
+        a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(p, q, 0x44), _mm512_shuffle_f32x4(p, q, 0xee));
+    }
+    UNROLL for (int i = 0; i < 4; i++) /* b[i]: parts i, i+4, i+8, i+12, one per 128 bits */
+        b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    UNROLL for (int i = 0; i < 2; i++)
+        c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44),
+                             _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+    out.v[0] = (vec)_mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
+#else
+    float sums[TILE], lane[LANES];
+    for (int j = 0; j < TILE; j++) {
+        memcpy(lane, &part[j], sizeof lane);
+        for (int half = LANES / 2; half; half /= 2)
+            for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+        sums[j] = lane[0];
+    }
+    memcpy(&out, sums, sizeof out);
+#endif
+    return out;
+}
+
+/* out[i] = 16 outputs (w rows o..o+15, the last one repeated where w ends) of up to MAX_ROWS rows of x. */
+INLINE void dot_tile_of(tile *out, const char *const *x, int xt, const char *w, int wt, int64_t o, int64_t num_w,
+                        int64_t width, const int rows) {
+    vec part[MAX_ROWS][TILE];
+    for (int g = 0; g < TILE; g += GROUP) {
+        const char *group[GROUP];
+        vec(*slice)[TILE] = (vec(*)[TILE]) & part[0][g];
+        UNROLL for (int j = 0; j < GROUP; j++) {
+            int64_t row = o + g + j < num_w ? o + g + j : num_w - 1;
+            group[j] = at(w, wt, row * width);
+        }
+        dot_group(slice, x, xt, group, wt, width, rows);
+    }
+    UNROLL for (int i = 0; i < rows; i++) out[i] = fold_lanes(part[i]);
+}
+
+#define EACH_TYPE(rows)                                                                                       \
+    if (xt == BF16 && wt == BF16) dot_tile_of(out, x, BF16, w, BF16, o, num_w, width, rows);                  \
+    else if (xt == BF16) dot_tile_of(out, x, BF16, w, FP32, o, num_w, width, rows);                           \
+    else if (wt == BF16) dot_tile_of(out, x, FP32, w, BF16, o, num_w, width, rows);                           \
+    else dot_tile_of(out, x, FP32, w, FP32, o, num_w, width, rows);
+
+static void dot_tile(tile *out, const char *const *x, int xt, const char *w, int wt, int64_t o, int64_t num_w,
+                     int64_t width, int rows) {
+    switch (rows) {
+    case 1: EACH_TYPE(1) break;
+    case 2: EACH_TYPE(2) break;
+#if defined(__AVX512F__)
+    case 3: EACH_TYPE(3) break;
+    case 4: EACH_TYPE(4) break;
+#endif
+    }
+}

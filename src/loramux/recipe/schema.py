@@ -1,0 +1,181 @@
+"""What a recipe may say: every key, its type, its default and its limits.
+
+Why strict: a misspelt key that is silently ignored costs a training run. How the keys of several jobs come together
+is in `resolve.py`, how a file is read in `load.py`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+DEMO_PREFIX = "demo:"
+# Pydantic puts the tag of a union's member into the path of an error; `problems.py` takes them out.
+UNION_TAGS = ("named template", "text template")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSource(_Strict):
+    """Where rows come from, and which of them.
+
+    `path`: a .jsonl or .parquet file, a folder of splits, `demo:TASK/SPLIT.jsonl` or a hub dataset id.
+    """
+
+    path: str = Field(min_length=1)
+    rows: int | None = Field(None, ge=1, description="at most so many rows; all without it")
+    skip: int = Field(0, ge=0, description="leave out the first rows")
+    task: str | None = Field(None, description="task name of every row; else the row's own")
+    split: str | None = Field(None, description="file of a folder, or split of a hub dataset")
+
+
+class TextTemplate(_Strict):
+    """Prompt and completion with the row's keys in braces; the end token is added by itself."""
+
+    prompt: str = Field(min_length=1)
+    completion: str = Field(min_length=1)
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _is_a_format(cls, text: str) -> str:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        except ValueError as error:
+            raise ValueError(f"is not a template: {error}") from None
+        if not all(name.isidentifier() for name in names):
+            raise ValueError(f"names in braces must be keys of a row, got {names}")
+        return text
+
+    def fields(self) -> list[str]:
+        """The row keys it needs, in order of appearance."""
+        parts = [*string.Formatter().parse(self.prompt), *string.Formatter().parse(self.completion)]
+        return list(dict.fromkeys(name for _, name, _, _ in parts if name))
+
+    def fill_prompt(self, row: Mapping[str, Any]) -> str:
+        return self.prompt.format_map(row)
+
+    def fill_completion(self, row: Mapping[str, Any]) -> str:
+        return self.completion.format_map(row)
+
+
+def _template_kind(value: Any) -> str:
+    return UNION_TAGS[0] if isinstance(value, str) else UNION_TAGS[1]
+
+
+Template = Literal["task", "chat"] | TextTemplate
+_TemplateField = Annotated[
+    Annotated[Literal["task", "chat"], Tag(UNION_TAGS[0])]
+    | Annotated[TextTemplate, Tag(UNION_TAGS[1])],
+    Discriminator(_template_kind),
+]
+
+
+class DataConfig(_Strict):
+    train: tuple[DataSource, ...] = ()
+    validation: tuple[DataSource, ...] = ()
+    template: _TemplateField = "task"
+    sequence_len: int = Field(512, ge=2)
+    packing: bool = False
+
+
+class TrainingConfig(_Strict):
+    """Exactly one of `steps` (optimizer steps) and `epochs` must be given."""
+
+    learning_rate: float | None = Field(1e-4, gt=0, description="null: the method's own default")
+    steps: int | None = Field(None, ge=1)
+    epochs: float | None = Field(None, gt=0)
+    micro_batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_ratio: float = Field(0.06, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = False
+    group_by_length: bool = True
+    eval_every: int | None = Field(None, ge=1, description="steps between validation losses")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="stop after so many validations without improvement"
+    )
+    save_every: int | None = Field(None, ge=1, description="steps between resumable states")
+    log_every: int = Field(1, ge=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class MethodSpec(BaseModel):
+    """`name` and the fields of that method's config."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class JobPatch(_Strict):
+    """What one job changes over the top level."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also its folder name")
+    method: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    seed: int | None = None
+
+
+class JobRecipe(_Strict):
+    """One job with every default filled in."""
+
+    name: str
+    base: str
+    dtype: Literal["bfloat16", "float32"]
+    seed: int
+    threads: int | None
+    method: MethodSpec
+    data: DataConfig
+    training: TrainingConfig
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Self:
+        if (self.training.steps is None) == (self.training.epochs is None):
+            raise ValueError("training: give exactly one of steps and epochs")
+        if not self.data.train:
+            raise ValueError("data.train: needs at least one source, e.g. [{path: train.jsonl}]")
+        if self.training.early_stopping_patience and not self.data.validation:
+            raise ValueError("training.early_stopping_patience: needs data.validation")
+        if self.training.eval_every and not self.data.validation:
+            raise ValueError("training.eval_every: needs data.validation")
+        return self
+
+
+class Recipe(_Strict):
+    """The whole file. `base` is a name that `loramux fetch` knows, a local folder or a hub id."""
+
+    base: str = Field(min_length=1)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+    threads: int | None = Field(None, ge=1, description="torch threads; null leaves them alone")
+    method: MethodSpec | None = None
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    jobs: tuple[JobPatch, ...] | None = None
+
+    def jobs_resolved(self) -> list[JobRecipe]:
+        """One complete job per entry of `jobs`; without that list, the one job "default"."""
+        from loramux.recipe.resolve import resolve_jobs
+
+        return resolve_jobs(self)
