@@ -1,4 +1,7 @@
-"""`attach` and `load`: a model and a method become a handle. Everything is built and checked before the model changes."""
+"""`attach` and `load`: a model and a method become a handle.
+
+Everything is built and checked before the model changes.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,9 @@ class Handle(Attachment):
             return
         unknown = [expert for expert in keep if expert not in adapter.experts]
         if unknown:
-            raise ValueError(f"no expert {unknown} in {adapter.name!r}; it has {list(adapter.experts)}")
+            raise ValueError(
+                f"no expert {unknown} in {adapter.name!r}; it has {list(adapter.experts)}"
+            )
         mask = tuple(keep.get(expert, True) for expert in adapter.experts)
         if not any(mask):
             raise ValueError("all experts would be masked; call handle.use(None) for the bare base")
@@ -78,8 +83,8 @@ class Handle(Attachment):
             count = sum(p.numel() for p in adapter.parameters())
             trained = sum(p.numel() for p in adapter.trainable().values())
             lines.append(
-                f"{adapter.name}: {adapter.method.title} at {len(adapter.rows)} linears, {count:,} parameters, "
-                f"{trained:,} trainable, {adapter.method.servability}"
+                f"{adapter.name}: {adapter.method.title} at {len(adapter.rows)} linears, "
+                f"{count:,} parameters, {trained:,} trainable, {adapter.method.servability}"
             )
         lines += [f"backend {name}: {why}" for name, why in self.dispatch.choices.items()]
         return "\n".join(lines) if lines else "no adapters"
@@ -90,12 +95,14 @@ def attach(
 ) -> Handle:
     """Wrap the targeted linears of `model` with a new adapter, ready to train; the base is frozen.
 
-    backend: "auto", or one of ops.choose.BACKENDS. Raises ValueError, with the model untouched, when the config does not
-    fit the model. The random rows come from torch's global generator: seed it for repeatable starts.
+    backend: "auto", or one of ops.choose.BACKENDS. Raises ValueError, with the model untouched, when
+    the config does not fit the model. The random rows come from torch's global generator: seed it for
+    repeatable starts.
     """
     _refuse_second(model)
-    adapter = new_adapter(model, find_sites(model), config, name)
-    handle = Handle(model, backend)
+    sites = find_sites(model)
+    adapter = new_adapter(model, sites, config, name)
+    handle = Handle(model, sites, backend)
     handle.put(adapter)
     return handle
 
@@ -115,10 +122,9 @@ def load(
     nothing raise ValueError and leave the model as it was.
     """
     _refuse_second(model)
-    adapter = persist.read_adapter(
-        model, find_sites(model), Path(folder), name, trainable, check_base
-    )
-    handle = Handle(model, backend)
+    sites = find_sites(model)
+    adapter = persist.read_adapter(model, sites, Path(folder), name, trainable, check_base)
+    handle = Handle(model, sites, backend)
     handle.put(adapter)
     return handle
 
@@ -131,9 +137,7 @@ def _refuse_second(model: nn.Module) -> None:
         )
 
 
-def new_adapter(
-    model: nn.Module, sites: list[Site], config: MethodConfig, name: str
-) -> Adapter:
+def new_adapter(model: nn.Module, sites: list[Site], config: MethodConfig, name: str) -> Adapter:
     """Fresh rows and routers for `config`, not yet attached."""
     method: Method = load_method(config.method)(config)
     if method.needs_adapters:

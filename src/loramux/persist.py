@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
-from loramux.core.attach import base_parameters
+from loramux.core.attach import HOLDER
 from loramux.core.bank import Rows
 from loramux.core.method import Method, MethodConfig
 from loramux.core.types import Site
@@ -34,6 +34,7 @@ from loramux.mixlora_import import mixlora_adapter
 from loramux.ops.contract import Spans
 
 log = logging.getLogger(__name__)
+IN_MEMORY = "model:"  # how `model_digest` begins
 
 
 def read_adapter(
@@ -75,9 +76,7 @@ def _peft_type(folder: Path) -> str | None:
 # --- Reading ------------------------------------------------------------------------------------
 
 
-def _from_peft(
-    sites: Sequence[Site], tensors: AdapterTensors, name: str, where: str
-) -> Adapter:
+def _from_peft(sites: Sequence[Site], tensors: AdapterTensors, name: str, where: str) -> Adapter:
     found = match_sites(sites, tensors, where)
     rows = stack_experts(found, [tensors], where)
     config = lora_config(tensors)
@@ -98,9 +97,7 @@ def lora_config(tensors: AdapterTensors) -> LoraConfig:
     return LoraConfig(**{"lora_alpha": 8, **kept})
 
 
-def match_sites(
-    sites: Sequence[Site], tensors: AdapterTensors, where: str
-) -> dict[str, Site]:
+def match_sites(sites: Sequence[Site], tensors: AdapterTensors, where: str) -> dict[str, Site]:
     """The model's sites an adapter names, in declared order; refuses missing modules and other shapes."""
     by_path = {site.path: site for site in sites}
     missing = [path for path in tensors.sites if path not in by_path]
@@ -124,7 +121,8 @@ def stack_experts(
 ) -> dict[str, Rows]:
     """Rows per site with one slot per expert, in order; an expert that leaves a site out gets rank 0 there."""
     scales = [
-        site_scaling(e.config, {path: s.rank for path, s in e.sites.items()}, where) for e in experts
+        site_scaling(e.config, {path: s.rank for path, s in e.sites.items()}, where)
+        for e in experts
     ]
     rows = {}
     for path, site in sites.items():
@@ -139,12 +137,16 @@ def stack_experts(
             raise FormatError(f"{where}: at {path} some experts are DoRA and some are not")
         rows[path] = Rows(
             spans,
-            torch.cat([p.a for p in present]),
-            torch.cat([p.b for p in present]).contiguous(),
+            _joined([p.a for p in present]),
+            _joined([p.b for p in present]),
             torch.stack(magnitudes) if magnitudes else None,
         )
         assert rows[path].a.shape[1] == site.d_in
     return rows
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts)).contiguous()
 
 
 def _from_mixture(
@@ -195,9 +197,7 @@ def _union(sites: Sequence[Site], experts: Mapping[str, AdapterTensors]) -> dict
     return {site.path: site for site in sites if site.path in touched}
 
 
-def gated_adapter(
-    model: nn.Module, sites: Sequence[Site], method: Method, name: str
-) -> Adapter:
+def gated_adapter(model: nn.Module, sites: Sequence[Site], method: Method, name: str) -> Adapter:
     """A gate over trained adapters: reads the folders its config names, in that order."""
     folders = [Path(folder) for folder in getattr(method.config, "adapters", ())]
     if not folders:
@@ -342,15 +342,34 @@ def all_linears(model: nn.Module) -> list[str]:
 
 
 def digest_of_base(model: nn.Module) -> str:
-    """Digest of the checkpoint folder the model came from, or of its weights where there is none."""
-    folder = Path(getattr(model, "name_or_path", "") or "/nonexistent")
-    if (folder / "config.json").is_file():
-        return base_digest(folder)
-    return model_digest(dict(base_parameters(model)))
+    """Digest of the checkpoint the model came from (folder or hub cache), or of its weights where there is none."""
+    folder = checkpoint_folder(str(getattr(model, "name_or_path", "") or ""))
+    return model_digest(model, exclude=(HOLDER,)) if folder is None else base_digest(folder)
 
 
-def check_base_digest(model: nn.Module, expected: str, name: str) -> None:
-    found = digest_of_base(model)
+def checkpoint_folder(name: str) -> Path | None:
+    """The folder behind a model's name: itself, or its snapshot in the hub's cache."""
+    if not name:
+        return None
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:  # a path that is gone, not a hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def check_base_digest(model: nn.Module, expected: str | None, name: str | None) -> None:
+    """Refuse another base than the one recorded; a mixture that records none is taken as it is."""
+    if expected is None:
+        return
+    # A base that was only in memory when the mixture was saved was digested by its weights.
+    in_memory = expected.startswith(IN_MEMORY)
+    found = model_digest(model, exclude=(HOLDER,)) if in_memory else digest_of_base(model)
     if found != expected:
         raise FormatError(
             f"this mixture was trained on {name or 'another base'} (digest {expected[:12]}), the model is "

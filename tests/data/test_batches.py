@@ -141,3 +141,9 @@ def test_packing_gives_every_example_the_logits_it_has_alone() -> None:
                 alone = model(input_ids=torch.tensor([examples[i].input_ids])).logits[0]
                 torch.testing.assert_close(logits[row, at : at + len(alone)], alone)
                 at += len(alone)
+
+
+def test_batches_of_one_epoch_come_in_no_order_of_length() -> None:
+    lengths = list(range(1, 65))
+    longest = [max(lengths[i] for i in b) for b in plan_batches(lengths, 4, seed=0, epochs=1)]
+    assert longest != sorted(longest)

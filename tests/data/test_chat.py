@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from data.conftest import CHATML, build_tokenizer
+from data.byte_tokenizer import CHATML, build_tokenizer
 from loramux.data import DataSource, load_examples
 from loramux.data.chat import encode_chat
 from loramux.errors import DataError

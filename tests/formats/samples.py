@@ -27,7 +27,11 @@ def rows(rank: int, d_in: int, d_out: int, seed: int = 0, dora: bool = False) ->
 
 
 def adapter(
-    rank: int = 2, seed: int = 0, dora: bool = False, dtype: torch.dtype = torch.float32, **config: Any
+    rank: int = 2,
+    seed: int = 0,
+    dora: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
 ) -> AdapterTensors:
     sites = {
         path: rows(rank, *widths, seed=seed * 100 + index, dora=dora)
@@ -70,4 +74,6 @@ def same_tensors(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }

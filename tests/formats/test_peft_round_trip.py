@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from formats.samples import adapter, same_tensors, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pico import build_pico
 from safetensors.torch import load_file
 from torch import nn
 
+from formats.samples import adapter, same_tensors, snapshot
 from loramux.formats.peft import read_peft, write_peft
 from loramux.formats.scaling import (
     peft_config,
@@ -22,6 +21,7 @@ from loramux.formats.scaling import (
     uneven,
 )
 from loramux.formats.tensors import AdapterTensors, SiteTensors, named_tensors
+from pico import build_pico
 
 LINEARS = ["q_proj", "v_proj", "down_proj"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +45,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("llama", {"target_modules": LINEARS, "layers_to_transform": [1]}),
     "regex targets": ("llama", {"target_modules": r".*layers\.0\.(mlp|self_attn)\.(q|up)_proj"}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "conv1d dora": ("gpt2", {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}),
+    "conv1d dora": (
+        "gpt2",
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+    ),
     "fused": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
 }
 
@@ -127,7 +130,8 @@ def test_an_adapter_of_ours_with_uneven_ranks_loads_in_peft_with_our_scales(tmp_
     )
     sites = {
         path: SiteTensors(
-            torch.randn(ranks[path], linear.in_features), torch.randn(ranks[path], linear.out_features)
+            torch.randn(ranks[path], linear.in_features),
+            torch.randn(ranks[path], linear.out_features),
         )
         for path, linear in linears.items()
     }

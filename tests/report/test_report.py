@@ -33,8 +33,8 @@ def routing(tasks, layers=3, columns=("self_attn.q_proj", "mlp.up_proj", "mlp.do
     return counter.result()
 
 
-HISTORY = [{"step": i, "loss": 2.0 / (i + 1), "aux/balance": 0.01} for i in range(1, 21)]
-HISTORY += [{"step": 10, "validation_loss": 0.5}, {"step": 20, "validation_loss": 0.4}]
+HISTORY = [{"step": i, "loss": 2.0 / (i + 1), "aux": 0.01} for i in range(1, 21)]
+HISTORY[9]["val_loss"], HISTORY[19]["val_loss"] = 0.5, 0.4
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_values_that_are_not_finite_stay_out_of_the_json(tmp_path):
 
 
 def test_an_incomplete_score_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="lacks .*'before'"):
+    with pytest.raises(ValueError, match=r"lacks .*'before'"):
         write_report(tmp_path, title="x", scores=[{"task": "a", "metric": "token", "rows": 1}])
 
 

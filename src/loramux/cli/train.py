@@ -10,6 +10,8 @@ import typer
 from loramux.cli.output import JsonOption, emit, only_json, table
 from loramux.errors import RecipeError
 
+COLUMNS = ("name", "status", "steps", "train_loss", "val_loss", "seconds")
+
 
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.")],
@@ -61,7 +63,8 @@ def _show_resolved(recipe: Any, json: str | None) -> None:
 
 
 def _show(result: dict[str, Any]) -> None:
-    jobs = result.get("jobs")
-    rows = jobs if isinstance(jobs, list) else [result]
-    keys = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
-    table("Trained", keys, [[row.get(key) for key in keys] for row in rows])
+    jobs = result.get("jobs") or [result]
+    table("Trained", COLUMNS, [[job.get(key) for key in COLUMNS] for job in jobs])
+    for job in jobs:
+        if job.get("adapter"):
+            print(job["adapter"])

@@ -35,7 +35,9 @@ class Adapter(nn.Module):
         self.sites = dict(sites)
         self.experts = experts
         self.mask: tuple[bool, ...] | None = None
-        self.saved_configs: dict[str, Mapping[str, Any]] = {}  # adapter_config.json of experts read from disk
+        self.saved_configs: dict[
+            str, Mapping[str, Any]
+        ] = {}  # adapter_config.json of experts read from disk
         # A module name may not contain a dot; a module path is made of them.
         self.rows_by_key = nn.ModuleDict({key_of(path): entry for path, entry in rows.items()})
         self.routers_by_key = nn.ModuleDict({key_of(p): entry for p, entry in routers.items()})

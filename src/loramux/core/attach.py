@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.batch import supervised_share
-from loramux.core.dispatch import Dispatch, PromptStore, State, call_by_name
+from loramux.core.dispatch import Dispatch, call_by_name
 from loramux.core.linear import LoraLinear
-from loramux.core.sites import find_sites
+from loramux.core.state import PromptStore, State
 from loramux.core.types import RouteRecord, Site
 
 log = logging.getLogger(__name__)
@@ -28,23 +29,24 @@ HOLDER = "loramux"  # the child of the model that owns all adapters
 class Attachment:
     """Everything that was done to a model. One per model; `detach` undoes it exactly."""
 
-    def __init__(self, model: nn.Module, backend: str = "auto"):
+    def __init__(self, model: nn.Module, sites: Sequence[Site], backend: str = "auto"):
         if getattr(model, HOLDER, None) is not None:
             raise ValueError(
                 "this model already has adapters attached; add to them with handle.add(config, name=...) "
                 "or handle.load(DIR, name=...), or call handle.detach() first"
             )
         self.model = model
-        self.sites = {site.path: site for site in find_sites(model)}
+        self.sites = {site.path: site for site in sites}
         self.dispatch = Dispatch(backend)
-        self.dispatch.dtype = next(model.parameters()).dtype
+        self.dispatch.weight = next(model.parameters())
         self.linears: dict[str, LoraLinear] = {}
         self._hooks: list[Any] = []
         self._hooked: set[str] = set()
         self._instance: list[tuple[nn.Module, str]] = []
         self._frozen = [(p, p.requires_grad) for p in model.parameters()]
         self._checkpointing: list[tuple[nn.Module, Any]] = []
-        model.requires_grad_(False)
+        for parameter, _ in self._frozen:
+            parameter.requires_grad_(False)
         self.holder = nn.ModuleDict()
         model.add_module(HOLDER, self.holder)
         object.__setattr__(self.holder, "handle", self)
@@ -58,13 +60,18 @@ class Attachment:
     def put(self, adapter: Adapter) -> None:
         """Wrap the sites of an adapter that is completely built, and register it. The first one becomes active."""
         if adapter.name in self.adapters:
-            raise ValueError(f"an adapter named {adapter.name!r} is attached; remove it or choose a name")
-        device = next(self.model.parameters()).device
-        adapter.to(device)
+            raise ValueError(
+                f"an adapter named {adapter.name!r} is attached; remove it or choose a name"
+            )
+        device = self.dispatch.weight.device
+        if any(p.device != device for p in adapter.parameters()):
+            adapter.to(device)
         adapter.train(self.model.training)
-        for path in adapter.rows:
-            if path not in self.linears:
-                self._wrap(self.sites[path])
+        routed = {path for path, _ in adapter.hooked_routers()}
+        for site in self.sites.values():
+            # In a block that is routed by rows every linear must know of them, with experts or without.
+            if site.path in adapter.rows or site.block in routed:
+                self._wrap(site)
         for path, _ in adapter.hooked_routers():
             self._hook_module(path)
         self.holder[adapter.name.replace(".", "/")] = adapter
@@ -95,7 +102,9 @@ class Attachment:
         if name is None and len(self.adapters) == 1:
             name = next(iter(self.adapters))
         if name not in self.adapters:
-            raise ValueError(f"no adapter named {name!r} is attached; there are {list(self.adapters)}")
+            raise ValueError(
+                f"no adapter named {name!r} is attached; there are {list(self.adapters)}"
+            )
         return self.adapters[name]
 
     def _forget(self) -> None:
@@ -156,7 +165,9 @@ class Attachment:
         for name, wrap in (("generate", self._generate), ("save_pretrained", self._save)):
             original = getattr(self.model, name, None)
             if original is not None:
-                setattr(self.model, name, functools.wraps(original)(functools.partial(wrap, original)))
+                setattr(
+                    self.model, name, functools.wraps(original)(functools.partial(wrap, original))
+                )
                 self._instance.append((self.model, name))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,15 +192,18 @@ class Attachment:
         if dispatch.depth > 0:
             return None
         state = dispatch.state
-        cache = getattr(output, "past_key_values", None)
-        dispatch.close(cache)
-        loss = getattr(output, "loss", None)
-        if state is None or loss is None or not state.training:
+        dispatch.close(getattr(output, "past_key_values", None))
+        if state is None or not state.training or output is None:
+            return None
+        call = call_by_name(module, args, kwargs)
+        if call.get("labels") is None:
             return None
         auxiliary = self.aux_losses()
         if auxiliary:
-            share = supervised_share(call_by_name(module, args, kwargs))
-            output.loss = loss + share * sum(auxiliary.values()).to(loss.dtype)
+            extra = supervised_share(call) * torch.stack(list(auxiliary.values())).sum()
+            if isinstance(output, tuple):  # return_dict=False: the loss comes first
+                return (output[0] + extra.to(output[0].dtype), *output[1:])
+            output.loss = output.loss + extra.to(output.loss.dtype)
         return output
 
     def _hook_module(self, path: str) -> None:
@@ -209,7 +223,7 @@ class Attachment:
     def _follow_checkpointing(self) -> None:
         """Let every checkpointed layer re-run under the forward pass it belongs to."""
         for layer in self._checkpointed_layers():
-            original = layer._gradient_checkpointing_func
+            original: Any = layer._gradient_checkpointing_func
             if isinstance(original, _Bound):
                 continue
             reentrant = getattr(original, "keywords", {}).get("use_reentrant", False)
@@ -271,9 +285,12 @@ class Attachment:
         self._forget()
 
     def _wrap(self, site: Site) -> None:
-        linear = LoraLinear(self.model.get_submodule(site.path), site, self.dispatch)
+        if site.path in self.linears:
+            return
+        block, name = self.model.get_submodule(site.block), site.path.rpartition(".")[2]
+        linear = LoraLinear(getattr(block, name), site, self.dispatch)
         linear.training = self.model.training
-        _replace(self.model, site.path, linear)
+        setattr(block, name, linear)
         self.linears[site.path] = linear
 
 
@@ -306,11 +323,3 @@ def handle_of(model: nn.Module) -> Any:
     """The handle of a model that `attach` or `load` was called on, or None."""
     holder = getattr(model, HOLDER, None)
     return getattr(holder, "handle", None)
-
-
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the frozen base under the names they have without adapters."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith(HOLDER + "."):
-            yield name.replace(".base_layer.", "."), parameter
-

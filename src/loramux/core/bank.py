@@ -34,9 +34,7 @@ class Rows(nn.Module):
         self.spans = spans
         self.a = nn.Parameter(a, requires_grad=False)
         self.b = nn.Parameter(b, requires_grad=False)
-        self.magnitude = (
-            None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
-        )
+        self.magnitude = None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
 
     def extra_repr(self) -> str:
         return f"slots={self.spans.num_slots}, ranks={self.spans.rank}"
@@ -128,7 +126,8 @@ def fresh_rows(
 def weight_norm(weight_OI: Tensor) -> Tensor:
     """Norm of each output row of the frozen weight, fp32 (fp64 stays): DoRA's magnitude at the start."""
     wide = weight_OI if weight_OI.dtype == torch.float64 else weight_OI.float()
-    return torch.linalg.vector_norm(wide, dim=1)
+    norm_O: Tensor = torch.linalg.vector_norm(wide, dim=1)
+    return norm_O
 
 
 def dora_gain(rows: Rows, weight_OI: Tensor) -> Tensor:
@@ -151,4 +150,5 @@ def dora_gain(rows: Rows, weight_OI: Tensor) -> Tensor:
             )
             norms.append(square_O.clamp_min(0).sqrt())
         norm_EO = torch.stack(norms)
-    return rows.magnitude.to(dtype) / norm_EO
+    gain_EO: Tensor = rows.magnitude.to(dtype) / norm_EO
+    return gain_EO

@@ -1,6 +1,7 @@
 """Reads off a model call which token belongs to which request and which tokens are prompt.
 
-Letters: B rows of the call, T tokens per row, N = B * T flattened tokens, Q requests (rows, or segments of packed rows).
+Letters: B rows of the call, T tokens per row, N = B * T flattened tokens, Q requests (rows, or
+segments of packed rows).
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def _before_first_label(labels: Tensor, request_N: Tensor, num_requests: int) ->
 
 def _check_shape(name: str, mask: Tensor, b: int, t: int) -> None:
     if tuple(mask.shape) != (b, t):
-        raise ValueError(f"{name} must have the shape of input_ids ({b}, {t}), got {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name} must have the shape of input_ids ({b}, {t}), got {tuple(mask.shape)}"
+        )
 
 
 def supervised_share(call: Mapping[str, Any]) -> float | Tensor:

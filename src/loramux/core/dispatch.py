@@ -11,7 +11,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,53 +18,12 @@ from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.batch import Batch, read_batch
-from loramux.core.plan import Apply, Member, OwnRows, Part, Plan, RowLayout, layout_rows, lower
-from loramux.core.router import Recorder, Router, RouteView
+from loramux.core.plan import Apply, Member, Part, Plan, RowLayout, layout_rows, lower
+from loramux.core.router import Router, RouteView
+from loramux.core.state import Late, PromptStore, State
 from loramux.core.types import EVERYTHING, Route, RouteRecord, Site
-from loramux.ops.choose import backend_apply, choose_backend
+from loramux.ops.choose import choose_backend, load_backend
 from loramux.ops.contract import Pairs
-
-
-@dataclass(eq=False)
-class PromptStore:
-    """Routes that were decided on the prompt, kept for as long as its KV cache or generation lives."""
-
-    num_requests: int
-    routes: dict[tuple[str, str], Route] = field(default_factory=dict)
-    decoding: dict[object, State] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class State:
-    """One forward pass."""
-
-    batch: Batch
-    members: list[Member]
-    training: bool
-    needs_grad: bool
-    store: PromptStore
-    prompt_done: bool
-    recorder: Recorder = field(default_factory=Recorder)
-    routes: dict[tuple[str, str], Route] = field(default_factory=dict)
-    layouts: dict[str, RowLayout | None] = field(default_factory=dict)
-    plans: dict[str, Plan | None] = field(default_factory=dict)
-    pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
-    step_plans: dict[str, Plan | None] = field(default_factory=dict)
-    step_pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
-
-    def forget_step(self) -> None:
-        """Drop what was lowered from per-token routes: the next step routes anew."""
-        self.step_plans.clear()
-        self.step_pairs.clear()
-
-    def route(self, adapter: Adapter, site: Site) -> Route:
-        """The innermost route that governs this site."""
-        name = adapter.name
-        for path in (site.block, site.layer_path):
-            found = self.routes.get((name, path))
-            if found is not None:
-                return found
-        return EVERYTHING
 
 
 class Dispatch:
@@ -73,13 +31,16 @@ class Dispatch:
 
     def __init__(self, requested_backend: str = "auto"):
         self.requested_backend = requested_backend
-        self.dtype = torch.float32
+        self.weight = torch.empty(0)  # a parameter of the model: its dtype follows model.to(...)
+        self.unfused: set[str] = set()  # sites whose base the C kernel cannot compute
         self.adapters: dict[str, Adapter] = {}
         self.state: State | None = None
         self.last: State | None = None
         self.depth = 0
         self.active: str | None = None
-        self.rows: Sequence[str | None] | None = None  # adapter of each request, inside handle.batch
+        self.rows: Sequence[str | None] | None = (
+            None  # adapter of each request, inside handle.batch
+        )
         self.masks: dict[str, Tensor | None] = {}
         self.generation: dict[str, PromptStore] | None = None
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
@@ -93,10 +54,13 @@ class Dispatch:
         names = self._names(batch)
         present = [a for a in self.adapters.values() if a.name in names]
         needs_store = any(a.routes_on_prompt for a in present)
-        store = self._store(call.get("past_key_values"), batch, needs_store, training)
+        keeps = not (
+            training and torch.is_grad_enabled()
+        )  # a step of training is followed by no decoding
+        store = self._store(call.get("past_key_values"), batch, needs_store, keeps)
         # Decode steps of one shape share their plans: what is fixed for a request is lowered once.
         key = (batch.lead, tuple(names), torch.is_grad_enabled())
-        decoding = batch.past_length > 0 and not training
+        decoding = batch.past_length > 0 and keeps
         if decoding and key in store.decoding:
             self.state = store.decoding[key]
             self.state.batch = batch
@@ -106,6 +70,7 @@ class Dispatch:
             batch=batch,
             members=[self._member(adapter, names, batch) for adapter in present],
             training=training,
+            keeps=keeps,
             needs_grad=torch.is_grad_enabled(),
             store=store,
             prompt_done=bool(store.routes) or batch.past_length > 0,
@@ -118,7 +83,7 @@ class Dispatch:
         """End it; `cache` is the KV cache the model returned, which the prompt's routes now belong to."""
         state = self.state
         self.last, self.state = state, None
-        if state is not None and cache is not None and not state.training:
+        if state is not None and cache is not None and state.keeps:
             self.stores[cache] = state.store
 
     def _mask(self, name: str, call: dict[str, Any]) -> Tensor | None:
@@ -136,7 +101,8 @@ class Dispatch:
         if self.generation is not None and num % listed == 0:
             return [name for name in self.rows for _ in range(num // listed)]
         raise ValueError(
-            f"the batch holds {num} requests, but {listed} adapters were named; name one per request (None for the base)"
+            f"the batch holds {num} requests, but {listed} adapters were named; name one per request "
+            "(None for the base)"
         )
 
     def _member(self, adapter: Adapter, names: list[str | None], batch: Batch) -> Member:
@@ -146,7 +112,7 @@ class Dispatch:
         token_n = mine_Q[batch.request_N].nonzero()[:, 0]
         return Member(adapter, token_n, batch.request_N[token_n], int(token_n.shape[0]))
 
-    def _store(self, cache: Any, batch: Batch, needed: bool, training: bool) -> PromptStore:
+    def _store(self, cache: Any, batch: Batch, needed: bool, keeps: bool) -> PromptStore:
         store: PromptStore | None = None
         if batch.past_length > 0:
             store = self.stores.get(cache)
@@ -166,7 +132,7 @@ class Dispatch:
             )
         if self.generation is not None:
             self.generation["store"] = store
-        if cache is not None and not training:
+        if cache is not None and keeps:
             self.stores[cache] = store
         return store
 
@@ -230,7 +196,7 @@ class Dispatch:
         )
         route = router(view, state.routes.get((name, path), EVERYTHING))
         state.routes[name, path] = route
-        if router.when == "prompt" and not state.training:
+        if router.when == "prompt" and state.keeps:
             state.store.routes[name, path] = route
             state.store.num_requests = state.batch.num_requests
         return route  # type: ignore[no-any-return]
@@ -314,7 +280,7 @@ class Dispatch:
         late = None
         unit = adapter.method.unit_of(site)
         if unit is not None:
-            late = Late(self, state, member, unit, first=unit == site.path)
+            late = Late(self.run_router, state, member, unit, first=unit == site.path)
         return Part(rows, pairs, apply=_unset, dropout=dropout, late=late)
 
     def _backend(
@@ -323,59 +289,29 @@ class Dispatch:
         simple = all(p.rows.magnitude is None and p.late is None and p.dropout == 0 for p in parts)
         choice = choose_backend(
             device=state.batch.device,
-            dtype=self.dtype,
+            dtype=self.weight.dtype,
             num_rows=state.batch.num_tokens if layout is None else layout.map.num_rows,
             needs_grad=state.needs_grad,
             total_rank=sum(p.rows.spans.num_rows for p in parts),
             requested=self.requested_backend,
         )
         name, reason = choice.name, choice.reason
-        if name == "cpu" and (site.transposed or not simple):
-            name, reason = "reference", "DoRA, gates that read t and Conv1D sites run in torch"
+        if name == "cpu" and (site.path in self.unfused or not simple):
+            name, reason = (
+                "reference",
+                "DoRA, gates that read t, Conv1D and quantised linears run in torch",
+            )
         self.choices[name] = reason
-        return name, backend_apply(name)
-
-
-@dataclass(eq=False)
-class Late:
-    """A gate that reads t = A x at the first site of its unit; the unit's later sites reuse its weights."""
-
-    dispatch: Dispatch
-    state: State
-    member: Member
-    unit: str
-    first: bool
-
-    def own_rows(self, site: Site) -> OwnRows | None:
-        """Which rows of the call at `site` are this adapter's; None: all, in order."""
-        layout = self.state.layouts.get(site.block) if site.role != "plain" else None
-        token_n = self.member.token_n
-        if token_n is None:
-            return None
-        if layout is None or layout.first_N is None:
-            return OwnRows(token_n, token_n)
-        row_n = layout.first_N[token_n]
-        return OwnRows(token_n, row_n) if site.role == "enter" else OwnRows(row_n, token_n)
-
-    def weights(self, t_nR: Tensor) -> Tensor:
-        """[n, E] weights of the own tokens at this site."""
-        state, adapter = self.state, self.member.adapter
-        router = adapter.routers[self.unit]
-        decided = (adapter.name, self.unit) in state.routes
-        if router.when == "prompt" and state.prompt_done and decided:
-            pass
-        elif self.first:
-            self.dispatch.run_router(state, self.member, self.unit, router, t_nR)
-        route = state.routes[adapter.name, self.unit]
-        assert route.weight is not None
-        return route.weight[self.member.request_n] if route.per_request else route.weight
+        return name, load_backend(name)
 
 
 def _unset(*_: Any, **__: Any) -> Tensor:
     raise AssertionError("a part was used before its backend was chosen")
 
 
-def call_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def call_by_name(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """The arguments of a model call by name; positional ones are input_ids, attention_mask, ... as in transformers."""
     if not args:
         return kwargs

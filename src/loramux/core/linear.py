@@ -9,7 +9,7 @@ Letters: N tokens, M FFN rows, P pairs, R rank rows, E experts, I input width, O
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from loramux.core.bank import Rows, dora_gain
 from loramux.core.types import Site
 from loramux.ops import cpu, reference
-from loramux.ops.rows import fold_rows, to_rows
 from loramux.ops.contract import Pairs, RowMap
+from loramux.ops.cpu_structs import SiteState
+from loramux.ops.rows import fold_rows, to_rows
 
 if TYPE_CHECKING:
     from loramux.core.dispatch import Dispatch
@@ -33,8 +34,10 @@ class LoraLinear(nn.Module):
         self.base_layer = base_layer
         self.site = site
         self.dispatch = dispatch
+        if type(base_layer) is not nn.Linear or not base_layer.weight.is_floating_point():
+            dispatch.unfused.add(site.path)
         # The kernel's view of this site, one per adapter (None: the base alone).
-        self.states: dict[Rows | None, cpu.SiteState] = {}
+        self.states: dict[Rows | None, SiteState] = {}
 
     # Models look at these on their linears (dtype checks, tensor-parallel plans).
     @property
@@ -78,7 +81,7 @@ class LoraLinear(nn.Module):
     # --- The path for training and long prompts ----------------------------------------------
 
     def _base(self, x: Tensor, row_map: RowMap | None) -> Tensor:
-        """The frozen linear on tokens: at an `enter` site its output is copied to rows, at an `exit` rows fold first."""
+        """The frozen linear on tokens: an `enter` site copies its output to rows, an `exit` folds them first."""
         if row_map is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
         if self.site.role == "enter":
@@ -138,18 +141,19 @@ class LoraLinear(nn.Module):
     def _fused(self, x: Tensor, plan: Plan) -> Tensor:
         enter = plan.row_map if self.site.role == "enter" else None
         leave = plan.row_map if self.site.role == "exit" else None
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        base = cast(nn.Linear, self.base_layer)
+        weight, bias = base.weight, base.bias
         first = plan.parts[0] if plan.parts else None
         rows = None if first is None else first.rows
         state = self.states.get(rows)
         if state is None:
-            state = self.states[rows] = cpu.SiteState()
+            state = self.states[rows] = SiteState()
         if first is None or rows is None:
-            return cpu.linear(x, weight, bias, enter=enter, exit=leave, state=state)  # type: ignore[arg-type]
+            return cpu.linear(x, weight, bias, enter=enter, exit=leave, state=state)
         y = cpu.linear(
             x, weight, bias, rows.a, rows.b, rows.spans, first.pairs,
             enter=enter, exit=leave, state=state,
-        )  # fmt: skip  # type: ignore[arg-type]
+        )  # fmt: skip
         for part in plan.parts[1:]:
             y = cpu.apply(y, x, part.rows.a, part.rows.b, part.rows.spans, part.pairs)
         return y

@@ -41,7 +41,9 @@ class RowLayout:
     map: RowMap
     rows_of: dict[str, Tensor | None]  # adapter -> int64 [n, K]; None: all rows, token-major
     first_N: Tensor | None  # row of every token that has just one; None when rows are uniform
-    bias_N: Tensor | None = None  # sum of a token's row weights, where it is not 1: what the exit's bias is worth
+    bias_N: Tensor | None = (
+        None  # sum of a token's row weights, where it is not 1: what the exit's bias is worth
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +97,7 @@ def layout_rows(
     return layout
 
 
-def _layout(
-    num_tokens: int, routed: list[tuple[Member, Route]], device: torch.device
-) -> RowLayout:
+def _layout(num_tokens: int, routed: list[tuple[Member, Route]], device: torch.device) -> RowLayout:
     if len(routed) == 1 and routed[0][0].token_n is None:
         member, route = routed[0]
         assert route.slot is not None and route.weight is not None

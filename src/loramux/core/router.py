@@ -63,7 +63,9 @@ class Recorder:
         self.records[record.adapter, record.path] = record
 
 
-def segment_softmax(score_N: Tensor, segment_N: Tensor, keep_N: Tensor, num_segments: int) -> Tensor:
+def segment_softmax(
+    score_N: Tensor, segment_N: Tensor, keep_N: Tensor, num_segments: int
+) -> Tensor:
     """Softmax of `score_N` within each segment over the kept entries; 0 elsewhere. fp32 or fp64 in, same out."""
     score_N = score_N.masked_fill(~keep_N, float("-inf"))
     top_Q = torch.full((num_segments,), float("-inf"), dtype=score_N.dtype, device=score_N.device)

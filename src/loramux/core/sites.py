@@ -6,6 +6,7 @@ block is the module that holds it, and the last linear of an FFN is known by the
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -27,23 +28,21 @@ def find_sites(model: nn.Module) -> list[Site]:
     Module order alone is not that: Phi-3 registers o_proj before qkv_proj.
     """
     sites: list[Site] = []
-    layers = _layer_paths(model)
+    prefix = _layer_list(model)
     widths: dict[str, int] = {}
     for path, module in _running_order(model):
-        layer_path = next((p for p in _prefixes(path) if p in layers), None)
-        if layer_path is None:
+        if not path.startswith(prefix):
             continue
-        name = path[len(layer_path) + 1 :]
-        if not name:
-            continue
-        block = path.rpartition(".")[0]
-        kind = _kind(name.rpartition(".")[0] or name)
+        index, _, name = path[len(prefix) :].partition(".")
+        layer_path = prefix + index
+        block, _, last = path.rpartition(".")
+        kind = _kind(block.rpartition(".")[2] if "." in name else last)
         d_in, d_out, transposed = _shape(module)
         # The first linear of a layer reads the (normed) residual stream.
         d_model = widths.setdefault(layer_path, d_in)
         sites.append(
             Site(
-                path, name, layers[layer_path], layer_path, block, kind,
+                path, name, int(index), layer_path, block, kind,
                 _role(kind, name), d_in, d_out, d_model, transposed,
             )
         )  # fmt: skip
@@ -79,7 +78,9 @@ def select_sites(sites: Sequence[Site], config: MethodConfig) -> list[Site]:
             raise ValueError(f"layers_to_transform names layers the model lacks: {sorted(missing)}")
         chosen = [s for s in chosen if s.layer in wanted]
     if not chosen:
-        raise ValueError("no linear of the model is targeted; loosen target_modules or exclude_modules")
+        raise ValueError(
+            "no linear of the model is targeted; loosen target_modules or exclude_modules"
+        )
     return chosen
 
 
@@ -99,24 +100,19 @@ def _matching(sites: list[Site], names: Sequence[str] | str, field: str) -> list
     return [site for site in sites if any(test(site.path) for _, test in tests)]
 
 
-def _layer_paths(model: nn.Module) -> dict[str, int]:
-    """Path of every decoder layer -> index. The longest module list that holds linears counts (experts lists do not)."""
-    best: tuple[int, str, int] = (0, "", 0)
+def _layer_list(model: nn.Module) -> str:
+    """Path prefix of the decoder layers: the longest module list that holds linears, the outermost of equals."""
+    best: tuple[int, int, str] | None = None
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and any(_is_linear(m) for m in module.modules()):
-            outer = -path.count(".")
-            if best[2] == 0 or (len(module), outer) > (best[2], best[0]):
-                best = (outer, path, len(module))
-    if best[2] == 0:
+            found = (len(module), -path.count("."), path)
+            if best is None or found[:2] > best[:2]:
+                best = found
+    if best is None:
         raise ValueError(
             "the model has no list of decoder layers with linears in it; loramux attaches to transformers decoders"
         )
-    return {f"{best[1]}.{i}" if best[1] else str(i): i for i in range(best[2])}
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+    return f"{best[2]}." if best[2] else ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -131,11 +127,11 @@ def _shape(module: nn.Module) -> tuple[int, int, bool]:
     return int(weight.shape[0]), int(weight.shape[1]), True
 
 
+@functools.cache
 def _kind(block: str) -> Literal["attention", "ffn", "other"]:
-    last = block.rpartition(".")[2]
-    if ATTENTION_BLOCKS.search(last):
+    if ATTENTION_BLOCKS.search(block):
         return "attention"
-    return "ffn" if FFN_BLOCKS.search(last) else "other"
+    return "ffn" if FFN_BLOCKS.search(block) else "other"
 
 
 def _role(kind: str, name: str) -> Role:

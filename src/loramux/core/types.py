@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor
@@ -80,9 +81,10 @@ EVERYTHING = Route()
 class RouteRecord:
     """What one router decided in the last forward pass, for losses, reports and tests.
 
-    gates [n, columns]: the weights used (n = requests for prompt routers, tokens for token routers);
-    probs the same shape before selection, or None; valid [n] bool marks real requests or tokens.
-    `columns` names what the columns stand for: sites (`self_attn.q_proj`) or experts (`0`, `1`, ...).
+    weight [n, K] (n = requests for prompt routers, tokens for token routers) belongs to the columns in slot [n, K];
+    without slot, to all columns in order. probs [n, columns] are the router's probabilities before selection, logits
+    what they came from; valid [n] marks real requests or tokens. `columns` names what is chosen among: sites
+    (`self_attn.q_proj`) or experts (`0`, `1`, ...).
     """
 
     adapter: str
@@ -90,7 +92,17 @@ class RouteRecord:
     layer: int
     when: When
     columns: tuple[str, ...]
-    gates: Tensor
+    weight: Tensor
+    slot: Tensor | None = None
     probs: Tensor | None = None
     logits: Tensor | None = None
     valid: Tensor | None = None
+
+    @cached_property
+    def gates(self) -> Tensor:
+        """The weights used, [n, columns]; 0 where a column was not chosen."""
+        if self.slot is None:
+            return self.weight
+        weight = self.weight.masked_fill(self.slot < 0, 0.0)
+        empty = weight.new_zeros(weight.shape[0], len(self.columns))
+        return empty.scatter_add(1, self.slot.clamp_min(0), weight)

@@ -112,7 +112,11 @@ def bleu(
     The error is the spread over 1000 resamples of the rows: corpus BLEU is no mean over rows.
     """
     import numpy as np
-    from sacrebleu.metrics import BLEU
+
+    from loramux.errors import require
+
+    require("sacrebleu", "eval", "BLEU")
+    from sacrebleu.metrics.bleu import BLEU
 
     if not texts or len(texts) != len(references):
         raise ValueError(
@@ -120,7 +124,7 @@ def bleu(
         )
     most = max(map(len, references))
     # sacrebleu takes the j-th references of all rows together; None marks rows that have fewer.
-    streams = [[row[j] if j < len(row) else None for row in references] for j in range(most)]
+    streams: Any = [[row[j] if j < len(row) else None for row in references] for j in range(most)]
     value = float(BLEU().corpus_score(list(texts), streams).score)
     if len(texts) == 1:
         return value, 0.0
@@ -136,7 +140,7 @@ def bleu(
 
 def _bleu_of(stats: Sequence[int]) -> float:
     """Corpus BLEU from sums: matches and totals of each n-gram order, then both lengths."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     *grams, sys_len, ref_len = stats
     half = len(grams) // 2

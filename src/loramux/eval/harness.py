@@ -74,8 +74,8 @@ class LoramuxLM(HFLM):
 
         groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for i, (_, context, answer) in enumerate(requests):
-            context, answer = self._fit(context, answer)
-            groups.setdefault(context, {}).setdefault(answer, []).append(i)
+            fitted, continuation = self._fit(context, answer)
+            groups.setdefault(fitted, {}).setdefault(continuation, []).append(i)
         rows = [
             ChoiceRow(context, tuple(answers), (1,) * len(answers))
             for context, answers in groups.items()
@@ -91,8 +91,8 @@ class LoramuxLM(HFLM):
                 scored = choice_scores(self.model, part, pad_token_id=pad_token(self.tokenizer))
                 for scores in scored:
                     places = groups[scores.row.prompt]
-                    for c, answer in enumerate(scores.row.choices):
-                        for i in places[answer]:
+                    for c, continuation in enumerate(scores.row.choices):
+                        for i in places[continuation]:
                             results[i] = (scores.sums[c], scores.greedy[c])
                             bar.update()
         self._remember(requests, results)

@@ -57,22 +57,22 @@ def base_digest(folder: str | os.PathLike[str]) -> str:
     return hashlib.sha256(canonical_json({"config": kept, "tensors": tensors})).hexdigest()
 
 
-def model_digest(model: nn.Module, exclude: Iterable[str] = ()) -> str:
+def model_digest(model: nn.Module | Mapping[str, Tensor], exclude: Iterable[str] = ()) -> str:
     """`model:` and SHA-256 hex over the state of a model that has no folder; reads every weight.
 
     Leaves out what lies under the module paths in `exclude`; a wrapper's `base_layer` does not show in the names, so
     an attached model has the digest it had before. Never equal to a `base_digest`: the two cannot be compared.
     """
     skipped = tuple(f"{path}." for path in exclude)
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     tensors = {
         name.replace(".base_layer.", "."): tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in state.items()
         if not f"{name}.".startswith(skipped)
     }
-    config = model.config.to_json_string() if hasattr(model, "config") else "{}"
-    kept = {
-        key: value for key, value in json.loads(config).items() if key not in IGNORED_CONFIG_KEYS
-    }
+    config: Any = getattr(model, "config", None)
+    fields = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
+    kept = {key: value for key, value in fields.items() if key not in IGNORED_CONFIG_KEYS}
     return "model:" + tensor_digest(kept, tensors)
 
 

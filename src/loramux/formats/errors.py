@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from loramux.errors import LoramuxError
 
-class FormatError(ValueError):
+
+class FormatError(LoramuxError):
     """What was found, what is allowed and what to do; `code` is a stable short name of the reason."""
 
     def __init__(self, message: str, *, code: str = "format"):

@@ -25,8 +25,9 @@ _READ = (
 
 def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
     """The whole file; links (except a hub cache's own), devices and pipes are refused."""
+    target = _without_link(path)
     try:
-        handle = os.open(_without_link(path), _READ)
+        handle = os.open(target, _READ)
     except FileNotFoundError:
         raise FormatError(f"{path} does not exist", code="missing_file") from None
     except (OSError, ValueError) as error:

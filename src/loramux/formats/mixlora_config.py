@@ -112,8 +112,7 @@ def _targets(value: object, where: str) -> list[str]:
         value = [name for name, on in value.items() if on]
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise FormatError(f"{where}: target_modules is not a list of names", code="bad_value")
-    names = [LEGACY_PROJECTIONS.get(name, name) for name in value]
-    return sorted(set(names))
+    return sorted({LEGACY_PROJECTIONS.get(str(name), str(name)) for name in value})
 
 
 def _expert_lora(value: object, where: str) -> dict[str, Any] | None:

@@ -113,9 +113,10 @@ def _check_targets(config: Mapping[str, Any], tensors: MixLoraTensors, prefix: s
             f"MixLoRA: target_modules and the tensors disagree about {listed(sorted(wanted ^ by_name.keys()))}",
             code="missing_tensor" if wanted - by_name.keys() else "unexpected_tensor",
         )
-    for kind in (tensors.attention, tensors.ffn):
+    # Attention is adapted in every layer; experts may sit in every n-th only (sparse_step).
+    every_layer = set(range(1 + max(max(layers) for layers in by_name.values())))
+    for kind, layers in ((tensors.attention, every_layer), (tensors.ffn, set(tensors.gates))):
         names = {path.rpartition(".")[2] for path in kind}
-        layers = {_layer_of(path, prefix) for path in kind}
         holes = [
             f"{name} in layer {layer}"
             for name in sorted(names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from loramux.formats.errors import FormatError
@@ -49,44 +49,56 @@ def compile_safely(pattern: str, field: str) -> re.Pattern[str]:
 
 
 class PatternTable(Generic[T]):
-    """rank_pattern or alpha_pattern: the first key that matches the end of a path at a dot (or all of it) wins."""
+    """rank_pattern or alpha_pattern: the first key that matches the end of a path at a dot (or all of it) wins.
+
+    PEFT's test is `re.match(rf"(.*\\.)?({key})$", path)`. Plain keys, whose dots stand for any character, are looked up
+    by (length, positions of dots, anchored) instead: hundreds of full paths would take longer to compile than to load.
+    """
 
     def __init__(self, pattern: Mapping[str, T] | None, field: str):
         self._values: list[T] = []
-        self._by_tail: dict[str, list[tuple[int, str]]] = {}
+        self._plain: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
         self._regexes: list[tuple[int, re.Pattern[str]]] = []
         for order, (key, value) in enumerate((pattern or {}).items()):
             self._values.append(value)
             if _PLAIN.fullmatch(key):
-                # What follows the last dot is literal, so it must be how the path ends.
-                tail = key.removeprefix("^").rpartition(".")[2]
-                self._by_tail.setdefault(tail, []).append((order, key))
+                body = key.removeprefix("^")
+                dots = tuple(i for i, letter in enumerate(body) if letter == ".")
+                group = self._plain.setdefault((len(body), dots, key.startswith("^")), {})
+                group.setdefault(body, order)
             else:
                 compile_safely(key, field)
                 self._regexes.append((order, compile_safely(rf"(.*\.)?({key})$", field)))
-        self._tail_lengths = sorted({len(tail) for tail in self._by_tail})
 
     def find(self, path: str, default: T) -> T:
         order = self._first(path)
         return default if order is None else self._values[order]
 
-    def unused(self, paths: Mapping[str, Any]) -> list[int]:
+    def unused(self, paths: Iterable[str]) -> list[int]:
         """Positions of keys that decide for none of these paths."""
         used = {self._first(path) for path in paths}
         return [order for order in range(len(self._values)) if order not in used]
 
     def _first(self, path: str) -> int | None:
-        best: int | None = None
-        for length in self._tail_lengths:
-            for order, key in self._by_tail.get(path[-length:], ()):
-                if (best is None or order < best) and _ends_with(path, key):
-                    best = order
+        best = min(self._plain_matches(path), default=None)
         for order, regex in self._regexes:
             if best is not None and order > best:
                 break
             if regex.match(path):
                 return order
         return best
+
+    def _plain_matches(self, path: str) -> Iterator[int]:
+        for (length, dots, anchored), keys in self._plain.items():
+            ahead = len(path) - length
+            if ahead < 0 or (ahead and (anchored or path[ahead - 1] != ".")):
+                continue
+            tail = list(path[ahead:])
+            for dot in dots:
+                tail[dot] = "."
+            order = keys.get("".join(tail))
+            if order is not None:
+                yield order
 
 
 def target_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -134,16 +146,6 @@ def _layer_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
         return match is not None and int(match["idx"]) in wanted
 
     return test
-
-
-def _ends_with(path: str, key: str) -> bool:
-    """`re.match(rf"(.*\\.)?({key})$", path)` for a plain key, whose dots stand for any character."""
-    body = key.removeprefix("^")
-    ahead = len(path) - len(body)
-    if ahead < 0 or (ahead and (body is not key or path[ahead - 1] != ".")):
-        return False
-    tail = path[ahead:]
-    return tail == body or all(k in (".", c) for k, c in zip(body, tail, strict=True))
 
 
 def _never(path: str) -> bool:

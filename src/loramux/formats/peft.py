@@ -92,8 +92,9 @@ def refuse_pickle(path: Path, wanted: str) -> FormatError:
     )
     return FormatError(
         f"{path} is a pickle, which can run code when opened; loramux never opens one. If you trust its author, "
-        f"convert it once, offline, in a throw-away environment with torch and safetensors, inside that folder:\n  {command}\n"
-        f"or save it again there with PEFT (save_pretrained(..., safe_serialization=True)), then load the folder with "
+        "convert it once, offline, in a throw-away environment with torch and safetensors, inside that folder:\n"
+        f"  {command}\n"
+        "or save it again there with PEFT (save_pretrained(..., safe_serialization=True)), then load the folder with "
         f"{wanted}",
         code="pickle",
     )

@@ -62,7 +62,11 @@ def read_tensors(path: Path, *, dtypes: tuple[str, ...] = FLOATS) -> dict[str, T
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Replace `path` in one step, in the layout `safetensors.torch.save_file` gives."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: rows of one bank share memory, which safetensors refuses.
+    ready = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     check_finite(ready, str(path))
     write_bytes(path, safetensors.torch.save(ready, metadata={"format": "pt"}))
 

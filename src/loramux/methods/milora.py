@@ -115,9 +115,7 @@ class PromptRouter(Router):
         gate_QC = self._gate(p_QC)
         owned_Q = torch.zeros(view.num_requests, dtype=torch.bool, device=p_QC.device)
         owned_Q[view.request_N[view.prompt_N]] = True
-        view.record(
-            columns=self.names, gates=gate_QC, probs=p_QC, logits=logits_QC, valid=owned_Q
-        )
+        view.record(columns=self.names, weight=gate_QC, probs=p_QC, logits=logits_QC, valid=owned_Q)
         return Route(gate=gate_QC, column=self.column)
 
     def _pool(self, view: RouteView, dtype: torch.dtype) -> Tensor:

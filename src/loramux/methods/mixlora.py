@@ -72,7 +72,9 @@ class MixLoRAConfig(MethodConfig):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(f"top_k must be in 1..num_experts ({self.num_experts}), got {self.top_k}")
+            raise ValueError(
+                f"top_k must be in 1..num_experts ({self.num_experts}), got {self.top_k}"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.sparse_step < 1 or self.expert_capacity < 1:
@@ -113,13 +115,14 @@ class TokenRouter(Router):
             x_ND = x_ND * torch.empty_like(x_ND).uniform_(1 - noise, 1 + noise)
         logits_NE = x_ND @ self.weight.to(wide).T
         slot_NK, weight_NK, p_NE = self._choose(logits_NE, view)
-        if view.training or not torch.is_inference_mode_enabled():
-            gates_NE = torch.zeros_like(p_NE).scatter_add(
-                1, slot_NK.clamp_min(0), weight_NK.masked_fill(slot_NK < 0, 0.0).to(p_NE.dtype)
-            )
-            view.record(
-                columns=self.names, gates=gates_NE, probs=p_NE, logits=logits_NE, valid=view.valid_N
-            )
+        view.record(
+            columns=self.names,
+            weight=weight_NK,
+            slot=slot_NK,
+            probs=p_NE,
+            logits=logits_NE,
+            valid=view.valid_N,
+        )
         return Route(
             slot=slot_NK, weight=weight_NK, combine="rows", sums_to_one=self.config.normalised
         )
@@ -211,7 +214,9 @@ class MixLoRAMethod(Method):
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         if not any(site.kind == "ffn" for site in sites):
-            raise ValueError("MixLoRA puts its experts into the FFN; target at least one FFN linear")
+            raise ValueError(
+                "MixLoRA puts its experts into the FFN; target at least one FFN linear"
+            )
 
     def routers(self, sites: Sequence[Site]) -> dict[str, Router]:
         found: dict[str, Router] = {}

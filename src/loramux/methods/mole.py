@@ -55,7 +55,9 @@ class MoLEConfig(MethodConfig):
         if isinstance(self.adapters, list):
             object.__setattr__(self, "adapters", tuple(self.adapters))
         if self.lora_dropout or self.use_dora:
-            raise ValueError("MoLE trains gates over frozen adapters: lora_dropout and use_dora do not apply")
+            raise ValueError(
+                "MoLE trains gates over frozen adapters: lora_dropout and use_dora do not apply"
+            )
 
 
 class LateGate(Router):
@@ -77,7 +79,9 @@ class LateGate(Router):
     def bind(self, rows: Rows) -> None:
         """Tell the gate which rows it reads; they are frozen, so their Gram matrices are computed once."""
         if rows.magnitude is not None:
-            raise ValueError("MoLE over DoRA adapters is not defined: their change is not a sum of ranks")
+            raise ValueError(
+                "MoLE over DoRA adapters is not defined: their change is not a sum of ranks"
+            )
         self._rows = [rows]
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
@@ -97,7 +101,7 @@ class LateGate(Router):
         if self.when == "prompt":
             valid = torch.zeros(view.num_requests, dtype=torch.bool, device=eps_NE.device)
             valid[view.request_N[view.prompt_N]] = True
-        view.record(columns=self.names, gates=gate_NE, probs=p_NE, logits=eps_NE, valid=valid)
+        view.record(columns=self.names, weight=gate_NE, probs=p_NE, logits=eps_NE, valid=valid)
         return Route(weight=gate_NE, per_request=self.when == "prompt")
 
     def _logits(self, t_NR: Tensor) -> Tensor:
@@ -137,7 +141,9 @@ class MoLEMethod(Method):
     routing_unit = "token"
     servability = "per_token"
     config_class = MoLEConfig
-    default_learning_rate = 1e-3  # ours, for pooled gates; the paper's 1e-5 is for its flattened gate
+    default_learning_rate = (
+        1e-3  # ours, for pooled gates; the paper's 1e-5 is for its flattened gate
+    )
     needs_adapters = True
     trains_rows = False
     config: MoLEConfig
@@ -180,7 +186,7 @@ class MoLEMethod(Method):
         return self._units.get(site.path)
 
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
-        """alpha * (-sum_i log q_i - E log E), q the mean gate over units, batch and tokens (Eq. 14-15); 0 = balanced."""
+        """alpha * (-sum log q_i - E log E), q the mean gate over units and tokens (Eq. 14-15); 0 = balanced."""
         if not records or self.config.router_aux_loss_coef == 0:
             return {}
         return {"balance": self.config.router_aux_loss_coef * balance(records)}

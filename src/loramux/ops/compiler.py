@@ -62,7 +62,9 @@ def runnable_variants(wanted: str | None = None) -> list[Variant]:
     runnable = [variant for variant in VARIANTS if variant.needs <= have]
     chosen = [variant for variant in runnable if wanted in (None, variant.name)]
     if not chosen:
-        raise BuildError(f"this CPU cannot run variant {wanted!r}; it runs {[v.name for v in runnable]}")
+        raise BuildError(
+            f"this CPU cannot run variant {wanted!r}; it runs {[v.name for v in runnable]}"
+        )
     return chosen
 
 
@@ -97,7 +99,12 @@ def build(source: Path, flags: Sequence[str], folder: Path | None = None) -> Pat
 def _digest(source: Path, flags: Sequence[str], compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     files = [source, *sorted(source.parent.glob("*.h"))]
-    parts = [*(file.read_bytes() for file in files), version, platform.machine().encode(), " ".join(flags).encode()]
+    parts = [
+        *(file.read_bytes() for file in files),
+        version,
+        platform.machine().encode(),
+        " ".join(flags).encode(),
+    ]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -22,7 +22,25 @@ from torch.nn import functional
 from loramux.ops import reference
 from loramux.ops.compiler import BuildError, build, runnable_variants
 from loramux.ops.contract import Pairs, RowMap, Spans
-from loramux.ops.cpu_structs import TYPES, SiteState, SiteStruct, fill_lora, pairs_address, rows_address
+from loramux.ops.cpu_structs import (
+    TYPES,
+    SiteState,
+    SiteStruct,
+    fill_lora,
+    pairs_address,
+    rows_address,
+)
+
+__all__ = [
+    "SiteState",
+    "apply",
+    "available",
+    "kernel",
+    "linear",
+    "linear_torch",
+    "prepare",
+    "why_not",
+]
 
 SOURCE = Path(__file__).with_name("lora.c")
 ERRORS = {
@@ -56,7 +74,11 @@ def kernel() -> Kernel:
             if library.loramux_is_usable():
                 break
         else:
-            return Kernel(None, "torch", "the system does not let this process use the instructions it was built for")
+            return Kernel(
+                None,
+                "torch",
+                "the system does not let this process use the instructions it was built for",
+            )
     except (BuildError, OSError) as error:
         return Kernel(None, "torch", str(error))
     call = library.loramux_linear
@@ -93,7 +115,11 @@ def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans, pairs: Pairs
     if call is None:
         return reference.apply(y, x, a, b, spans, pairs)
     _refuse_grad(x, a, b, pairs.weight)
-    if y.dtype is not x.dtype or y.shape != (pairs.num_dst, b.shape[1]) or x.shape != (pairs.num_src, a.shape[1]):
+    if (
+        y.dtype is not x.dtype
+        or y.shape != (pairs.num_dst, b.shape[1])
+        or x.shape != (pairs.num_src, a.shape[1])
+    ):
         raise ValueError(
             f"y {y.dtype} {tuple(y.shape)} and x {x.dtype} {tuple(x.shape)} do not fit "
             f"{pairs.num_dst} x {b.shape[1]} and {pairs.num_src} x {a.shape[1]} of one dtype"
@@ -102,8 +128,14 @@ def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans, pairs: Pairs
     struct = SiteStruct(d_in=a.shape[1], d_out=b.shape[1], type=TYPES[x.dtype])
     fill_lora(struct, a, b, spans)
     error = call(
-        ctypes.addressof(struct), pairs_address(pairs), None, None, x.data_ptr(), y.data_ptr(),
-        pairs.num_src, torch.get_num_threads(),
+        ctypes.addressof(struct),
+        pairs_address(pairs),
+        None,
+        None,
+        x.data_ptr(),
+        y.data_ptr(),
+        pairs.num_src,
+        torch.get_num_threads(),
     )
     if error:
         raise ValueError(f"cpu kernel: {ERRORS[error]}")
@@ -138,17 +170,19 @@ def linear(
         state = SiteState()
     if state.is_stale(weight, bias, a, b, spans):
         state.fill(weight, bias, a, b, spans)
-    d_out, d_in = weight.shape
+    d_in = state.d_in
     if x.dtype is not state.dtype or x.shape[-1] != d_in:
-        raise ValueError(f"x is {x.dtype} {tuple(x.shape)}, the weight {weight.dtype} {tuple(weight.shape)}")
+        raise ValueError(
+            f"x is {x.dtype} {tuple(x.shape)}, the weight {weight.dtype} {tuple(weight.shape)}"
+        )
     if not x.is_contiguous():
         x = x.contiguous()
     if enter is not None:
-        y = torch.empty((enter.num_rows, d_out), dtype=x.dtype)
+        y = torch.empty(enter.num_rows, state.d_out, dtype=x.dtype)
     elif exit is not None:
-        y = torch.empty((exit.num_tokens, d_out), dtype=x.dtype)
+        y = torch.empty(exit.num_tokens, state.d_out, dtype=x.dtype)
     else:
-        y = torch.empty((*x.shape[:-1], d_out), dtype=x.dtype)
+        y = torch.empty(*x.shape[:-1], state.d_out, dtype=x.dtype)
     error = call(
         state.address,
         None if pairs is None or a is None else pairs_address(pairs),
@@ -188,4 +222,6 @@ def linear_torch(
 
 def _refuse_grad(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        raise ValueError("the cpu kernel has no gradient; use torch.no_grad(), or the reference backend")
+        raise ValueError(
+            "the cpu kernel has no gradient; use torch.no_grad(), or the reference backend"
+        )

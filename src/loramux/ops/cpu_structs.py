@@ -8,6 +8,7 @@ is noticed by identity and address.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +43,10 @@ class RowsStruct(ctypes.Structure):
 class SiteState:
     """The kernel's view of one site. Keep one beside the module and hand it to every `linear` call."""
 
-    __slots__ = ("a", "a_at", "address", "b", "b_at", "bias", "dtype", "spans", "struct", "weight", "weight_at")
+    __slots__ = (
+        "a", "a_at", "address", "b", "b_at", "bias", "bias_at", "d_in", "d_out", "dtype", "spans", "struct",
+        "weight", "weight_at",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.struct = SiteStruct()
@@ -52,11 +56,16 @@ class SiteState:
         self.a: Tensor | None = None
         self.b: Tensor | None = None
         self.spans: Spans | None = None
-        self.weight_at = self.a_at = self.b_at = 0
+        self.weight_at = self.bias_at = self.a_at = self.b_at = self.d_in = self.d_out = 0
         self.dtype = torch.float32
 
     def is_stale(
-        self, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, spans: Spans | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        spans: Spans | None,
     ) -> bool:
         return (
             weight is not self.weight
@@ -67,19 +76,27 @@ class SiteState:
             or spans is not self.spans
             or (a is not None and a.data_ptr() != self.a_at)
             or (b is not None and b.data_ptr() != self.b_at)
-            or (bias is not None and bias.data_ptr() != self.struct.bias)
+            or (bias is not None and bias.data_ptr() != self.bias_at)
             or weight.dtype is not self.dtype
         )
 
     def fill(
-        self, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, spans: Spans | None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        spans: Spans | None,
     ) -> None:
         """Checks everything the kernel would otherwise read blindly."""
-        d_out, d_in = weight.shape
+        if weight.dim() != 2:
+            raise ValueError(f"a weight is [out, in], got {tuple(weight.shape)}")
+        d_out, d_in = self.d_out, self.d_in = weight.shape
         _check("weight", weight, (d_out, d_in))
         if bias is not None:
             _check("bias", bias, (d_out,), weight.dtype)
-        self.struct.w, self.struct.bias = weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+        self.bias_at = 0 if bias is None else bias.data_ptr()
+        self.struct.w, self.struct.bias = weight.data_ptr(), self.bias_at
         self.struct.d_in, self.struct.d_out = d_in, d_out
         self.struct.type = TYPES[weight.dtype]
         fill_lora(self.struct, a, b, spans)
@@ -91,8 +108,10 @@ class SiteState:
 
 def fill_lora(struct: SiteStruct, a: Tensor | None, b: Tensor | None, spans: Spans | None) -> None:
     if a is None or b is None or spans is None:
-        if not a is b is spans is None:
-            raise ValueError("a, b and spans belong together: give all three, or none for the base alone")
+        if any(given is not None for given in (a, b, spans)):
+            raise ValueError(
+                "a, b and spans belong together: give all three, or none for the base alone"
+            )
         struct.num_slots = struct.max_rank = 0
         return
     num_rows = a.shape[0]
@@ -107,11 +126,15 @@ def fill_lora(struct: SiteStruct, a: Tensor | None, b: Tensor | None, spans: Spa
     struct.num_slots, struct.max_rank = spans.num_slots, spans.max_rank
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
+) -> None:
     allowed = TYPES if dtype is None else (dtype,)
     given = f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
     if tensor.dtype not in allowed or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError(f"{given}; the cpu kernel reads contiguous {sorted(map(str, allowed))} on cpu")
+        raise ValueError(
+            f"{given}; the cpu kernel reads contiguous {sorted(map(str, allowed))} on cpu"
+        )
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{given}; its shape must be {shape}")
 
@@ -119,9 +142,9 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 class _Held:
     """A filled struct and the tensors it points into."""
 
-    __slots__ = ("address", "key", "keep", "struct")
+    __slots__ = ("address", "keep", "key", "struct")
 
-    def __init__(self, struct: ctypes.Structure, key: object, keep: tuple[Tensor | None, ...]) -> None:
+    def __init__(self, struct: ctypes.Structure, key: object, keep: Sequence[Tensor]) -> None:
         self.struct, self.key, self.keep = struct, key, keep
         self.address = ctypes.addressof(struct)
 
@@ -137,9 +160,12 @@ def _hold_pairs(pairs: Pairs) -> _Held:
     index = [_flat(t, torch.int32) for t in (pairs.src, pairs.dst, pairs.slot)]
     weight = _flat(pairs.weight, torch.float32)
     rank_weight = None if pairs.rank_weight is None else _flat(pairs.rank_weight, torch.float32)
-    sizes = {int(t.shape[0]) for t in (*index, weight)} | ({int(rank_weight.shape[0])} if rank_weight is not None else set())
+    held = [*index, weight] if rank_weight is None else [*index, weight, rank_weight]
+    sizes = {int(t.shape[0]) for t in held}
     if len(sizes) > 1:
-        raise ValueError(f"src, dst, slot, weight and rank_weight must have one length, got {sorted(sizes)}")
+        raise ValueError(
+            f"src, dst, slot, weight and rank_weight must have one length, got {sorted(sizes)}"
+        )
     struct = PairsStruct(
         *(t.data_ptr() for t in index),
         weight.data_ptr(),
@@ -149,7 +175,7 @@ def _hold_pairs(pairs: Pairs) -> _Held:
         pairs.num_dst,
         0 if rank_weight is None else rank_weight.shape[1],
     )
-    return _Held(struct, pairs.weight, (*index, weight, rank_weight))
+    return _Held(struct, pairs.weight, held)
 
 
 def rows_address(rows: RowMap) -> int:
@@ -157,7 +183,7 @@ def rows_address(rows: RowMap) -> int:
     if not isinstance(held, _Held) or held.key is not rows.weight:
         token, weight = _flat(rows.token, torch.int32), _flat(rows.weight, torch.float32)
         if token.shape[0] != weight.shape[0]:
-            raise ValueError(f"a row map needs one weight per row, got {token.shape[0]} rows, {weight.shape[0]} weights")
+            raise ValueError(f"{token.shape[0]} rows need as many weights, got {weight.shape[0]}")
         struct = RowsStruct(token.data_ptr(), weight.data_ptr(), rows.num_rows, rows.num_tokens)
         held = rows.cache["cpu"] = _Held(struct, rows.weight, (token, weight))
     return held.address

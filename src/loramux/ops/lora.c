@@ -126,10 +126,10 @@ static void base_strip(const Call *c, int64_t o, float *base) {
     }
 #endif
     for (int64_t end = o + STRIP; o < end && o < s->d_out; o += TILE, base += TILE * c->num_base)
-        for (int64_t n = 0; n < c->num_base; n += MAX_ROWS) {
-            int have = c->num_base - n < MAX_ROWS ? (int)(c->num_base - n) : MAX_ROWS;
-            const char *x[MAX_ROWS];
-            tile out[MAX_ROWS];
+        for (int64_t n = 0; n < c->num_base; n += CHUNK) {
+            int have = c->num_base - n < CHUNK ? (int)(c->num_base - n) : CHUNK;
+            const char *x[CHUNK];
+            tile out[CHUNK];
             for (int i = 0; i < have; i++) x[i] = at(rows, s->type, (n + i) * s->d_in);
             dot_tile(out, x, s->type, s->w, s->type, o, s->d_out, s->d_in, have);
             memcpy(base + TILE * n, out, have * sizeof(tile));

@@ -21,6 +21,9 @@ enum { STEP = 32, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
 /* Linux hands out tile registers on request, once per process. */
 static int amx_is_allowed(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
 
+/* GCC's tile intrinsics do not say which memory they read: without this, stores before them are moved or dropped. */
+INLINE void settle(const void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
 INLINE int64_t amx_columns(int64_t num_rows) { return num_rows < 16 ? num_rows : 16; }
 
 static void amx_configure(int64_t num_rows) {
@@ -29,6 +32,7 @@ static void amx_configure(int64_t num_rows) {
         config.rows[t] = 16;
         config.row_bytes[t] = t == 4 || t == 5 ? 64 : 4 * amx_columns(num_rows);
     }
+    settle(&config);
     _tile_loadconfig(&config);
 }
 
@@ -43,15 +47,14 @@ static void amx_pack(uint32_t *packed, const char *x, int64_t num_rows, int64_t 
             to[k * columns] = pair;
         }
     }
+    settle(packed);
 }
 
-/* base[n][i] = sum tile number `tile` turned over, for the rows that exist */
-#define AMX_STORE(tile, base, first)                                                                                   \
-    do {                                                                                                               \
-        _tile_stored(tile, sums, 4 * columns);                                                                         \
-        for (int64_t n = 0; n < columns && (first) + n < num_rows; n++)                                                \
-            for (int i = 0; i < TILE; i++) (base)[((first) + n) * TILE + i] = sums[i * columns + n];                   \
-    } while (0)
+/* base[n][i] = sums[i][n] for the rows from `first` on that exist */
+INLINE void amx_turn(float *base, const float *sums, int64_t first, int64_t columns, int64_t num_rows) {
+    for (int64_t n = first; n < first + columns && n < num_rows; n++)
+        for (int i = 0; i < TILE; i++) base[n * TILE + i] = sums[i * columns + n - first];
+}
 
 /* base[2][N][16]: outputs o..o+31; the second half is left alone where W ends. */
 static void amx_strip(float *base, const uint32_t *packed, const char *w, int64_t o, int64_t num_w, int64_t width,
@@ -78,11 +81,15 @@ static void amx_strip(float *base, const uint32_t *packed, const char *w, int64_
             _tile_dpbf16ps(3, 5, 7);
         }
         float *second = base + num_rows * TILE;
-        AMX_STORE(0, base, n);
-        if (w1 != w0) AMX_STORE(1, second, n);
+        _tile_stored(0, sums, 4 * columns);
+        amx_turn(base, sums, n, columns, num_rows);
+        _tile_stored(1, sums, 4 * columns);
+        if (w1 != w0) amx_turn(second, sums, n, columns, num_rows);
         if (!x1) continue;
-        AMX_STORE(2, base, n + columns);
-        if (w1 != w0) AMX_STORE(3, second, n + columns);
+        _tile_stored(2, sums, 4 * columns);
+        amx_turn(base, sums, n + columns, columns, num_rows);
+        _tile_stored(3, sums, 4 * columns);
+        if (w1 != w0) amx_turn(second, sums, n + columns, columns, num_rows);
     }
 }
 #endif

@@ -20,7 +20,7 @@ enum { LANES = 8, MAX_ROWS = 2 };
 enum { LANES = 4, MAX_ROWS = 2 };
 #endif
 
-enum { TILE = 16, GROUP = 4, PARTS = TILE / LANES, PREFETCH = 4096 };
+enum { TILE = 16, GROUP = 4, PARTS = TILE / LANES, CHUNK = 8, FAR = 8192 };
 enum { FP32 = 0, BF16 = 1 };
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -44,11 +44,11 @@ INLINE vec widen(const char *p, int type) {
     return v;
 }
 
-INLINE uint16_t round_bf16(float f) {
-    uint32_t u;
-    memcpy(&u, &f, 4);
-    if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16) | 0x40; /* keep NaN a NaN */
-    return (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+/* To nearest even; a NaN stays one. */
+INLINE halves round_bf16(vec v) {
+    bits b = (bits)v, nan = (bits)(v != v);
+    bits kept = (b >> 16) | 0x40, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
+    return __builtin_convertvector((nan & kept) | (~nan & rounded), halves);
 }
 
 INLINE tile load_tile(const char *p, int type, int64_t count) {
@@ -60,13 +60,9 @@ INLINE tile load_tile(const char *p, int type, int64_t count) {
 }
 
 INLINE void store_tile(char *p, int type, int64_t count, tile t) {
-    float f[TILE];
-    uint16_t h[TILE];
-    memcpy(f, &t, sizeof f);
-    if (type == BF16) {
-        UNROLL for (int i = 0; i < TILE; i++) h[i] = round_bf16(f[i]);
-    }
-    const void *from = type == BF16 ? (const void *)h : (const void *)f;
+    halves h[PARTS];
+    UNROLL for (int i = 0; i < PARTS; i++) h[i] = round_bf16(t.v[i]);
+    const void *from = type == BF16 ? (const void *)h : (const void *)&t;
     if (count >= TILE)
         memcpy(p, from, TILE * size_of(type));
     else
@@ -99,10 +95,12 @@ INLINE void dot_group(vec part[][TILE], const char *const *x, int xt, const char
                       const int rows) {
     const int step = step_width(xt, wt), pairs = step > LANES;
     vec acc[MAX_ROWS][GROUP] = {0}, wv[GROUP];
-    int64_t k = 0;
+    /* The rows of the next group lie right behind these: the hardware follows no four streams at once, so ask for them. */
+    int64_t k = 0, ahead = GROUP * width * size_of(wt);
+    if (ahead < FAR) ahead *= 2;
     for (; k + step <= width; k += step) {
         UNROLL for (int j = 0; j < GROUP; j++) {
-            __builtin_prefetch(at(w[j], wt, k) + PREFETCH, 0, 3);
+            __builtin_prefetch(at(w[j], wt, k) + ahead, 0, 3);
             wv[j] = load_step(at(w[j], wt, k), wt, pairs);
         }
         UNROLL for (int i = 0; i < rows; i++) {
@@ -154,30 +152,15 @@ INLINE tile fold_lanes(const vec *part) {
     return out;
 }
 
-/* out[i] = 16 outputs (w rows o..o+15, the last one repeated where w ends) of up to MAX_ROWS rows of x. */
-INLINE void dot_tile_of(tile *out, const char *const *x, int xt, const char *w, int wt, int64_t o, int64_t num_w,
-                        int64_t width, const int rows) {
-    vec part[MAX_ROWS][TILE];
-    for (int g = 0; g < TILE; g += GROUP) {
-        const char *group[GROUP];
-        vec(*slice)[TILE] = (vec(*)[TILE]) & part[0][g];
-        UNROLL for (int j = 0; j < GROUP; j++) {
-            int64_t row = o + g + j < num_w ? o + g + j : num_w - 1;
-            group[j] = at(w, wt, row * width);
-        }
-        dot_group(slice, x, xt, group, wt, width, rows);
-    }
-    UNROLL for (int i = 0; i < rows; i++) out[i] = fold_lanes(part[i]);
-}
+#define EACH_TYPE(rows)                                                                \
+    if (xt == BF16 && wt == BF16) dot_group(part, x, BF16, w, BF16, width, rows);      \
+    else if (xt == BF16) dot_group(part, x, BF16, w, FP32, width, rows);               \
+    else if (wt == BF16) dot_group(part, x, FP32, w, BF16, width, rows);               \
+    else dot_group(part, x, FP32, w, FP32, width, rows);
 
-#define EACH_TYPE(rows)                                                                                       \
-    if (xt == BF16 && wt == BF16) dot_tile_of(out, x, BF16, w, BF16, o, num_w, width, rows);                  \
-    else if (xt == BF16) dot_tile_of(out, x, BF16, w, FP32, o, num_w, width, rows);                           \
-    else if (wt == BF16) dot_tile_of(out, x, FP32, w, BF16, o, num_w, width, rows);                           \
-    else dot_tile_of(out, x, FP32, w, FP32, o, num_w, width, rows);
-
-static void dot_tile(tile *out, const char *const *x, int xt, const char *w, int wt, int64_t o, int64_t num_w,
-                     int64_t width, int rows) {
+/* Makes types and rows constants, so that every accumulator lives in a register. */
+static void dot_group_of(vec part[][TILE], const char *const *x, int xt, const char *const *w, int wt, int64_t width,
+                         int rows) {
     switch (rows) {
     case 1: EACH_TYPE(1) break;
     case 2: EACH_TYPE(2) break;
@@ -186,4 +169,18 @@ static void dot_tile(tile *out, const char *const *x, int xt, const char *w, int
     case 4: EACH_TYPE(4) break;
 #endif
     }
+}
+
+/* out[i] = outputs o..o+15 (w rows, the last one repeated where w ends) of up to CHUNK rows of x. */
+static void dot_tile(tile *out, const char *const *x, int xt, const char *w, int wt, int64_t o, int64_t num_w,
+                     int64_t width, int rows) {
+    vec part[CHUNK][TILE];
+    for (int g = 0; g < TILE; g += GROUP) {
+        const char *group[GROUP];
+        for (int j = 0; j < GROUP; j++) group[j] = at(w, wt, (o + g + j < num_w ? o + g + j : num_w - 1) * width);
+        for (int i = 0; i < rows; i += MAX_ROWS)
+            dot_group_of((vec(*)[TILE]) & part[i][g], x + i, xt, group, wt, width,
+                         rows - i < MAX_ROWS ? rows - i : MAX_ROWS);
+    }
+    for (int i = 0; i < rows; i++) out[i] = fold_lanes(part[i]);
 }

@@ -63,7 +63,9 @@ class Plan:
 
 def plan_for(spans: Spans, pairs: Pairs, dtype: torch.dtype) -> Plan:
     """The plan of this route for sites with these spans; made once."""
-    learned = pairs.weight.requires_grad or (pairs.rank_weight is not None and pairs.rank_weight.requires_grad)
+    learned = pairs.weight.requires_grad or (
+        pairs.rank_weight is not None and pairs.rank_weight.requires_grad
+    )
     # A mask made without gradients must not serve a forward pass that needs them.
     key = ("reference", spans, dtype, learned and torch.is_grad_enabled())
     plan = pairs.cache.get(key)
@@ -95,7 +97,11 @@ def _mask(spans: Spans, pairs: Pairs, dtype: torch.dtype, with_scale: bool) -> T
     weight_P1 = pairs.weight.to(dtype).unsqueeze(1)
     if pairs.one_slot is not None:
         rank = spans.rank[pairs.one_slot]
-        return weight_P1 if pairs.rank_weight is None else weight_P1 * pairs.rank_weight[:, :rank].to(dtype)
+        return (
+            weight_P1
+            if pairs.rank_weight is None
+            else weight_P1 * pairs.rank_weight[:, :rank].to(dtype)
+        )
     slot_R = spans.row_slot_R.to(pairs.slot.device)
     mine_PR = (slot_R == pairs.slot.unsqueeze(1)) & (slot_R >= 0)
     gate_PR = weight_P1 * mine_PR
@@ -103,13 +109,18 @@ def _mask(spans: Spans, pairs: Pairs, dtype: torch.dtype, with_scale: bool) -> T
         scale = [spans.scale[slot] if slot >= 0 else 0.0 for slot in spans.row_slot_R.tolist()]
         gate_PR = gate_PR * torch.tensor(scale, dtype=dtype, device=gate_PR.device)
     if pairs.rank_weight is not None:
-        gate_PR = gate_PR * pairs.rank_weight.to(dtype).index_select(1, _place_in_slot(spans).to(gate_PR.device))
+        gate_PR = gate_PR * pairs.rank_weight.to(dtype).index_select(
+            1, _place_in_slot(spans).to(gate_PR.device)
+        )
     return gate_PR
 
 
 def _place_in_slot(spans: Spans) -> Tensor:
     """How many-th row of its slot every rank row is; 0 where no slot owns it."""
-    starts = [spans.start[slot] if slot >= 0 else row for row, slot in enumerate(spans.row_slot_R.tolist())]
+    starts = [
+        spans.start[slot] if slot >= 0 else row
+        for row, slot in enumerate(spans.row_slot_R.tolist())
+    ]
     return torch.arange(spans.num_rows) - torch.tensor(starts, dtype=torch.long)
 
 
@@ -122,7 +133,9 @@ def _index(index: Tensor, count: int, pairs: Pairs) -> Tensor | None:
 def _same_rows(pairs: Pairs) -> bool:
     if pairs.num_src != pairs.num_dst:
         return False
-    return pairs.src is pairs.dst or (pairs.src.device.type == "cpu" and torch.equal(pairs.src, pairs.dst))
+    return pairs.src is pairs.dst or (
+        pairs.src.device.type == "cpu" and torch.equal(pairs.src, pairs.dst)
+    )
 
 
 def _is_one(mask: Tensor) -> bool:

@@ -37,7 +37,9 @@ def fold_rows(x_MD: Tensor, rows: RowMap) -> Tensor:
 
 
 def rows_per_token(rows: RowMap) -> int | None:
-    """K if rows n*K .. n*K+K-1 are token n's for every n, else None; looked up once per map."""
+    """K if rows n*K .. n*K+K-1 are token n's for every n, else None; promised, or looked up once per map."""
+    if rows.uniform is not None:
+        return rows.uniform
     if "uniform" not in rows.cache:
         rows.cache["uniform"] = uniform_copies(rows.token, rows.num_tokens)
     return cast("int | None", rows.cache["uniform"])

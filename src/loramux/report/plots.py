@@ -29,7 +29,8 @@ METRIC_NAMES = {
     "exact_match": "Exact match",
     "bleu": "BLEU",
 }
-STYLE: dict[str, Any] = {
+CURVES = {"loss": "training", "val_loss": "validation", "aux": "auxiliary"}
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -126,46 +127,36 @@ def _score_panel(axis: Any, metric: str, group: Sequence[Mapping[str, Any]]) -> 
 
 @_styled
 def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training and validation loss over the steps; auxiliary losses in a panel of their own."""
-    main = {
-        name: points
-        for name in _names(history)
-        if name.split("/")[0] in ("loss", "validation_loss") and (points := _series(history, name))
-    }
-    extra = {name: _series(history, name) for name in _names(history) if name.startswith("aux")}
-    extra = {name: points for name, points in extra.items() if points}
-    panels = 2 if extra else 1
+    """Training and validation loss over the steps; the router's loss in a panel of its own."""
+    curves = {name: points for name in CURVES if (points := _series(history, name))}
+    panels = 2 if "aux" in curves else 1
     figure, axes = _figure(1, panels, (7.5 if panels == 1 else 11.0, 4.0))
-    for i, (name, points) in enumerate(main.items()):
-        _curve(axes[0], name, points, PALETTE[i % len(PALETTE)])
     steps = max((int(row["step"]) for row in history), default=0)
     axes[0].set_title(f"Loss over {steps} steps")
     axes[0].set_ylabel("loss (nats per token)")
-    for i, (name, points) in enumerate(extra.items()):
-        _curve(axes[1], name, points, PALETTE[(i + 2) % len(PALETTE)])
-    if extra:
-        axes[1].set_title("Losses of the router")
+    for i, (name, points) in enumerate(curves.items()):
+        _curve(axes[-1 if name == "aux" else 0], name, points, PALETTE[i])
+    if panels == 2:
+        axes[1].set_title("Loss of the router, as added")
     for axis in axes:
         axis.set_xlabel("optimizer step")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        axis.legend()
     return figure
 
 
 def _curve(axis: Any, name: str, points: Sequence[tuple[float, float]], colour: str) -> None:
-    """Validation as marked points; training as a pale line with its moving average on top."""
+    """Validation as marked points; the others as a pale line with their moving average on top."""
     x, y = np.array(points, dtype=float).T
-    label = name.replace("_", " ").replace("/", ": ")
-    if name.startswith("validation"):
+    label = CURVES[name]
+    if name == "val_loss":
         axis.plot(x, y, "o-", color=colour, markersize=5, linewidth=1.6, label=label)
     elif len(x) < 12:
         axis.plot(x, y, color=colour, linewidth=1.8, label=label)
     else:
         window = max(3, len(x) // 15)
         axis.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
-        axis.plot(
-            x, _trailing_mean(y, window), color=colour, label=f"{label} (mean of {window})", lw=1.9
-        )
+        mean, label = _trailing_mean(y, window), f"{label} (mean of {window})"
+        axis.plot(x, mean, color=colour, linewidth=1.9, label=label)
 
 
 def _trailing_mean(values: Any, window: int) -> Any:
@@ -268,10 +259,6 @@ def _figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **grid).reshape(-1)
-
-
-def _names(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for row in history for name in row if name != "step"))
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

@@ -246,5 +246,6 @@ def _run_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> None:
     for i, prompt in enumerate(prompts):
         ids[i, : len(prompt)] = torch.tensor(list(prompt))
         seen[i, : len(prompt)] = 1
-    with torch.inference_mode():
+    # Not inference mode: in it, token routers skip their records.
+    with torch.no_grad():
         model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=1)

@@ -60,7 +60,7 @@ def write_report(
     """Write the folder and return the path of report.html. What is empty is left out of the page.
 
     scores:  {"task", "metric", "before", "after", "rows"} each, see `join_scores`
-    history: log rows with a "step" and any of "loss", "validation_loss", "aux..."
+    history: the trainer's rows, each with a "step" and any of "loss", "val_loss", "aux"
     samples: {"prompt", "before", "after"} each, and perhaps "task" and "answer"
     """
     out = Path(out_dir)
@@ -110,7 +110,7 @@ def _draw(
     if scores:
         caption = "First metric of each task before and after training; lines are standard errors."
         add("Scores at a glance", "scores.png", plots.score_chart(scores), caption)
-    if any("loss" in row or "validation_loss" in row for row in history):
+    if any("loss" in row or "val_loss" in row for row in history):
         caption = "Loss over the supervised tokens; pale: single steps, strong: moving average."
         add("Training", "loss.png", plots.loss_curves(history), caption)
     if routing is not None:

@@ -1,0 +1,106 @@
+"""What is timed: the shape of the base, how often, and the base itself with random weights or from a folder.
+
+Why random weights: speed does not depend on them, and no download is needed. Every variant gets its own copy of the
+weights, as it would have in a process of its own; what the place in memory alone makes of it, the control shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama by its sizes."""
+
+    name: str
+    layers: int
+    width: int
+    inner: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+
+SMOL = Shape("SmolLM2-135M", layers=30, width=576, inner=1536, heads=9, kv_heads=3, vocab=49152)
+SMALL = Shape(
+    "SmolLM2-135M cut to 2 layers", layers=2, width=576, inner=1536, heads=9, kv_heads=3, vocab=4096
+)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured. Rounds are paired; a decode round is `steps` steps after one that is not timed."""
+
+    shape: Shape
+    decode_rounds: int
+    load_rounds: int
+    train_rounds: int
+    memory_runs: int
+    is_quick: bool = False
+    steps: int = 4
+    context: int = 128
+    batches: tuple[int, ...] = (1, 8)
+    train_batch: int = 8
+    train_length: int = 128
+
+
+FULL = Effort(SMOL, decode_rounds=60, load_rounds=30, train_rounds=30, memory_runs=3)
+QUICK = Effort(
+    SMALL,
+    decode_rounds=7,
+    load_rounds=3,
+    train_rounds=3,
+    memory_runs=1,
+    is_quick=True,
+    steps=2,
+    train_length=32,
+)
+
+
+def build_base(shape: Shape, folder: str | None = None, seed: int = 0) -> PreTrainedModel:
+    """A bf16 model in eval mode; `folder` (a checkpoint) replaces the shape."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    if folder is not None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return model.eval()  # type: ignore[no-any-return]
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def copy_of(model: PreTrainedModel) -> Any:
+    """The same weights in other memory."""
+    return copy.deepcopy(model)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,56 @@
+"""TensorBoard files of a run: losses, learning rate, speed, and what the routers do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramux.train.events import Listener, StepEvent
+from loramux.train.metrics import router_metrics
+
+if TYPE_CHECKING:
+    from loramux.train.trainer import JobResult, Trainer
+
+# Shares are a curve per layer and expert: hundreds of numbers, written less often than the losses.
+SHARE_STEPS = 10
+
+
+class TensorBoard(Listener):
+    """Writes into `folder`, one sub-folder per job where there are several. A resumed run hides what it repeats."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._writers: dict[str, Any] = {}
+
+    def started(self, trainer: Trainer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        for runner in trainer.runners:
+            name = runner.job.name
+            folder = self.folder if len(trainer.runners) == 1 else self.folder / name
+            purge = runner.state.step + 1 if runner.state.step else None
+            self._writers[name] = SummaryWriter(str(folder), purge_step=purge)
+
+    def stepped(self, trainer: Trainer, event: StepEvent) -> None:
+        if not event.is_logged:
+            return
+        values = {
+            "train/loss": event.loss,
+            "train/aux": event.aux,
+            "train/learning_rate": event.lr,
+            "train/grad_norm": event.grad_norm,
+            "train/tokens_per_second": event.tokens_per_second,
+        }
+        shares = event.step % SHARE_STEPS == 0 or event.step in (1, event.num_steps)
+        values |= router_metrics(trainer.handle.routing(event.job), shares=shares)
+        for name, value in values.items():
+            self._writers[event.job].add_scalar(name, value, event.step)
+
+    def validated(self, trainer: Trainer, job: str, step: int, loss: float, is_best: bool) -> None:
+        self._writers[job].add_scalar("validation/loss", loss, step)
+        self._writers[job].flush()
+
+    def finished(self, trainer: Trainer, results: Sequence[JobResult]) -> None:
+        for writer in self._writers.values():
+            writer.close()

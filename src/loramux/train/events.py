@@ -1,0 +1,55 @@
+"""What happens during training, for those who watch: displays, logs, a caller's own code.
+
+A listener reads; it never changes what is trained, so runs with and without listeners end in the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loramux.train.trainer import JobResult, Trainer
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """One optimizer step of one job. `loss` is the mean over its supervised tokens, without the auxiliary losses.
+
+    tokens_per_second counts real tokens (no padding) over the last steps. is_logged: the step ends a history row.
+    """
+
+    job: str
+    step: int
+    num_steps: int
+    loss: float
+    aux: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    is_logged: bool
+
+
+class Listener:
+    """Override what you need. Called on the training thread: be quick.
+
+    Between `stepped` and the next model call `trainer.handle.routing(event.job)` shows how this step's last micro-batch
+    was routed.
+    """
+
+    def started(self, trainer: Trainer) -> None:
+        """Before the first step; on a resumed run the jobs already stand at their steps."""
+
+    def stepped(self, trainer: Trainer, event: StepEvent) -> None:
+        """After every optimizer step of every job."""
+
+    def validated(self, trainer: Trainer, job: str, step: int, loss: float, is_best: bool) -> None:
+        """After every validation."""
+
+    def stopped(self, trainer: Trainer, job: str, status: str, reason: str) -> None:
+        """A job is done, for whatever reason."""
+
+    def finished(self, trainer: Trainer, results: Sequence[JobResult]) -> None:
+        """After the last step of the last job, also when the run was interrupted or raised."""

@@ -1,0 +1,84 @@
+"""The forward pass of training: logits only where there is a label, and the loss in fp32.
+
+Why not `model(labels=...)`: with a short answer behind a long prompt nearly all rows of the logits are thrown away, and the
+vocabulary is a fifth of a small model's arithmetic. A hook lets the output head see the supervised positions only, so
+whatever the model does to its logits (scaling, soft caps) still happens.
+
+Letters: B rows, T tokens per row, D width, S supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+IGNORED_LABEL = -100
+# What a collated batch may hold and a model call takes.
+_CALL_KEYS = ("input_ids", "attention_mask", "position_ids", "prompt_mask", "segment_ids")
+
+
+class SupervisedForward:
+    """Calls a causal language model and returns the summed cross-entropy of its supervised tokens."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._where: tuple[Tensor, Tensor] | None = None
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Calls inside compute logits at supervised positions only; other calls of the model are untouched."""
+        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if head is None:
+            yield
+            return
+        hook = head.register_forward_pre_hook(self._select)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+        """(sum over supervised tokens, how many they are), from what `data.collate` makes."""
+        device = next(self.model.parameters()).device
+        target_BT = batch["labels"][:, 1:]
+        where = (target_BT != IGNORED_LABEL).nonzero(as_tuple=True)
+        target_S = target_BT[where].to(device)
+        rows, columns = where[0].to(device), where[1].to(device)
+        self._where = rows, columns
+        try:
+            logits = self.model(**_call(batch, device), use_cache=False).logits
+            if self._where is not None:  # a model whose head the hook did not reach
+                logits = logits[rows, columns]
+        finally:
+            self._where = None
+        logits_SV = logits.reshape(target_S.shape[0], -1)
+        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+        return functional.cross_entropy(logits_SV, target_S, reduction="sum"), target_S.shape[0]
+
+    def _select(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self._where is None:
+            return None
+        (rows, columns), self._where = self._where, None
+        hidden_BTD: Tensor = args[0]
+        return (hidden_BTD[rows, columns].unsqueeze(0), *args[1:])
+
+
+def _call(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    call = {key: batch[key].to(device) for key in _CALL_KEYS if key in batch}
+    if "segment_ids" in call:
+        # Without a mask transformers derives it from positions that start again, for every attention kernel and with
+        # sliding windows, which a ready-made block mask would override.
+        call.pop("attention_mask", None)
+    return call
+
+
+def num_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Tokens that are not padding."""
+    if "segment_ids" in batch:
+        return int((batch["segment_ids"] >= 0).sum())
+    return int(batch["attention_mask"].sum())

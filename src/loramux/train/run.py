@@ -1,0 +1,244 @@
+"""From a recipe to trained adapters in a folder: base, data, methods, training, results.
+
+The folder: run.json (the resolved recipe), checkpoints/, tensorboard/, history.json, best/, adapter/, result.json; with
+several jobs the last four but result.json lie in a folder per job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramux.errors import LoramuxError
+from loramux.train.checkpoint import CheckpointError, refuse_other
+from loramux.train.events import Listener
+from loramux.train.job import Job
+
+if TYPE_CHECKING:
+    from loramux.api import Handle
+    from loramux.recipe import JobRecipe, Recipe
+    from loramux.train.trainer import JobResult, Trainer
+
+log = logging.getLogger(__name__)
+RUN, RESULT = "run.json", "result.json"
+# What a run leaves behind: there without a run.json, it belongs to somebody else.
+OWN = ("adapter", "best", "checkpoints", "history.json", "tensorboard")
+
+
+class TrainingError(LoramuxError):
+    """No job of the run came to its end."""
+
+
+def train_recipe(
+    recipe: Recipe,
+    out: Path,
+    resume: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[Listener] = (),
+) -> dict[str, Any]:
+    """Train every job of a recipe and write adapters, histories and logs to `out`.
+
+    resume: go on with the run in `out` if there is one; a run that is complete is returned as it is. Without it a folder
+    that holds a run is refused; a run of another recipe always is. An interrupt (Ctrl-C, SIGTERM) ends the run after the
+    current step with a resumable state, and raises KeyboardInterrupt.
+    Returns {"out", "adapter", "steps", "train_loss", "val_loss", "seconds", "tokens_per_second", "jobs": [...]}; with
+    several jobs the losses and the adapter are under "jobs" only.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    jobs = recipe.jobs_resolved()
+    _claim(out, jobs, resume)
+    done = _result_of(out)
+    if done is not None:
+        log.info("%s: this run is complete; nothing to do", out)
+        return done
+    trainer = build_trainer(jobs, out, resume, [*_displays(out, progress), *callbacks])
+    with _stopped_by_signals(trainer) as was_stopped:
+        results = trainer.run()
+    if was_stopped() and any(result.status == "running" for result in results):
+        log.info("interrupted; the same command with resume goes on after step %d", trainer.round)
+        raise KeyboardInterrupt
+    result = summary(out, results, time.perf_counter() - start)
+    _write(out / RESULT, result)
+    if all(result.status == "failed" for result in results):
+        raise TrainingError("; ".join(f"job {r.name}: {r.reason}" for r in results))
+    return result
+
+
+def build_trainer(
+    jobs: Sequence[JobRecipe], out: Path, resume: bool, listeners: Sequence[Listener]
+) -> Trainer:
+    """Load the base and the data, attach every job's adapter."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from loramux.fetch import resolve_base
+    from loramux.train.trainer import Trainer
+
+    first = jobs[0]
+    if first.threads is not None:
+        torch.set_num_threads(first.threads)
+    base = resolve_base(first.base, dtype=first.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    # Data first: what is wrong with it shows before the base is loaded.
+    built = [build_job(job, tokenizer) for job in jobs]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    handle = attach_jobs(model, jobs)
+    return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)
+
+
+def build_job(job: JobRecipe, tokenizer: Any) -> Job:
+    """The examples of one job with everything the trainer wants to know about it."""
+    from loramux.data import load_examples
+
+    data = job.data
+    splits = [
+        [
+            example
+            for source in sources
+            for example in load_examples(source, tokenizer, data.template, data.sequence_len)
+        ]
+        for sources in (data.train, data.validation)
+    ]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return Job(
+        name=job.name,
+        train=splits[0],
+        validation=splits[1],
+        training=job.training,
+        seed=job.seed,
+        pad_token_id=pad,
+        packing=data.packing,
+        sequence_len=data.sequence_len,
+    )
+
+
+def attach_jobs(model: Any, jobs: Sequence[JobRecipe]) -> Handle:
+    """One adapter per job; its random start comes from the job's own seed, not from its place in the list."""
+    import torch
+
+    import loramux
+
+    handle: Handle | None = None
+    for job in jobs:
+        config = loramux.config_from_dict({"name": job.method.name, **job.method.fields})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(job.seed)
+            if handle is None:
+                handle = loramux.attach(model, config, name=job.name)
+            else:
+                handle.add(config, name=job.name)
+    assert handle is not None
+    return handle
+
+
+def summary(out: Path, results: Sequence[JobResult], seconds: float) -> dict[str, Any]:
+    """The result as plain values."""
+    only = results[0] if len(results) == 1 else None
+    train_seconds = sum(result.seconds for result in results)
+    tokens = sum(result.tokens for result in results)
+    return {
+        "out": str(out),
+        "adapter": only.adapter if only else None,
+        "steps": sum(result.steps for result in results),
+        "train_loss": only.train_loss if only else None,
+        "val_loss": only.val_loss if only else None,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / train_seconds, 1) if train_seconds else 0.0,
+        "jobs": [asdict(result) for result in results],
+    }
+
+
+# --- The folder -----------------------------------------------------------------------------------
+
+
+def _claim(out: Path, jobs: Sequence[JobRecipe], resume: bool) -> None:
+    """Make `out` the folder of this run, or say why it cannot be."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a folder")
+    # Neither changes what is trained, so a run may go on with other values.
+    resolved = [
+        job.model_dump(mode="json", exclude={"threads": True, "training": {"save_every"}})
+        for job in jobs
+    ]
+    now = {"jobs": {job["name"]: job for job in resolved}}
+    marker = out / RUN
+    if not marker.exists():
+        strange = [name for name in OWN if (out / name).exists()]
+        if strange:
+            raise CheckpointError(
+                f"{out} already holds {', '.join(strange)} of something else; choose another folder, or remove them"
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        _write(marker, now)
+        return
+    try:
+        before = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(
+            f"{marker} is not readable; choose another folder, or remove {out}"
+        ) from None
+    refuse_other(before, now, out)
+    if not resume:
+        raise CheckpointError(
+            f"{out} already holds this run; resume it, choose another folder, or remove it to start anew"
+        )
+
+
+def _result_of(out: Path) -> dict[str, Any] | None:
+    """The result of a run that is complete."""
+    try:
+        result: dict[str, Any] = json.loads((out / RESULT).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    adapters = [job["adapter"] for job in result["jobs"]]
+    whole = all(adapter and Path(adapter).is_dir() for adapter in adapters)
+    failed = all(job["status"] == "failed" for job in result["jobs"])
+    return result if whole and not failed else None
+
+
+def _write(path: Path, value: Any) -> None:
+    from loramux.formats.jsonio import write_json
+
+    write_json(path, value)
+
+
+# --- Who watches, and who interrupts -----------------------------------------------------------------
+
+
+def _displays(out: Path, progress: bool) -> list[Listener]:
+    from loramux.train.board import TensorBoard
+    from loramux.train.progress import make_progress
+
+    return [TensorBoard(out / "tensorboard"), *([make_progress()] if progress else [])]
+
+
+@contextmanager
+def _stopped_by_signals(trainer: Trainer) -> Iterator[Any]:
+    """Inside, the first Ctrl-C or SIGTERM asks the trainer to stop; a second Ctrl-C interrupts at once."""
+    seen: list[int] = []
+
+    def ask(number: int, frame: Any) -> None:
+        if seen and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        seen.append(number)
+        trainer.stop()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

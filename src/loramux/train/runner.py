@@ -1,0 +1,228 @@
+"""Runs one job: its steps, its validations, and what has to be written down of it.
+
+A step: collated micro-batches -> forward -> cross-entropy in fp32, summed and divided by the supervised tokens of the whole
+step -> plus auxiliary losses, weighted by the micro-batch's share of those tokens -> backward -> clip -> AdamW -> schedule.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loramux.core.batch import supervised_share
+from loramux.data import Example, collate
+from loramux.train.events import StepEvent
+from loramux.train.job import Job, JobState
+from loramux.train.loss import SupervisedForward, num_tokens
+from loramux.train.optim import (
+    clip,
+    load_optimizer_tensors,
+    lr_factor,
+    make_optimizer,
+    optimizer_tensors,
+    set_lr,
+)
+from loramux.train.rng import running_with, seeded_states
+
+if TYPE_CHECKING:
+    from loramux.api import Handle
+
+SPEED_STEPS = 20  # tokens per second are shown over so many steps
+
+
+class JobRunner:
+    """Owns everything of a job that changes; touches no parameter but its own adapter's."""
+
+    def __init__(self, job: Job, model: nn.Module, handle: Handle, forward: SupervisedForward):
+        self.job = job
+        self.model = model
+        self.handle = handle
+        self.forward = forward
+        self.adapter = handle.adapters[job.name]
+        self.device = next(model.parameters()).device
+        self.parameters = handle.trainable_parameters(job.name)
+        self.optimizer = make_optimizer(self.parameters, job.training)
+        rate = job.training.learning_rate
+        self.peak_lr = self.adapter.method.default_learning_rate if rate is None else rate
+        self.plan = job.plan()
+        self.num_steps = job.num_steps(self.plan)
+        self.state = JobState()
+        self.best: dict[str, Tensor] | None = None
+        self.rng = seeded_states(job.seed, self.device)
+        self._recent: deque[tuple[int, float]] = deque(maxlen=SPEED_STEPS)
+
+    @property
+    def is_running(self) -> bool:
+        return self.state.status == "running"
+
+    # --- One step -------------------------------------------------------------------------------
+
+    def step(self) -> StepEvent | None:
+        """Train one step; None if it failed: the job then has the weights of the step before."""
+        start = time.perf_counter()
+        state, training = self.state, self.job.training
+        factor = lr_factor(state.step, self.num_steps, training.scheduler, training.warmup_ratio)
+        lr = self.peak_lr * factor
+        self.handle.use(self.job.name)
+        with running_with(self.rng, self.device):
+            sums, tokens = self._accumulate()
+        norm = clip(self.parameters, training.max_grad_norm)
+        loss, aux, grad_norm = torch.cat([sums, norm.to(sums.dtype).reshape(1)]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(grad_norm)):
+            self._fail(loss, aux, lr)
+            return None
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.tokens += tokens
+        state.window.append([loss, aux])
+        is_logged = state.step % training.log_every == 0 or state.step == self.num_steps
+        if is_logged:
+            self._log(lr, grad_norm)
+        seconds = time.perf_counter() - start
+        state.seconds += seconds
+        self._recent.append((tokens, seconds))
+        return StepEvent(
+            job=self.job.name,
+            step=state.step,
+            num_steps=self.num_steps,
+            loss=loss,
+            aux=aux,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=state.tokens,
+            tokens_per_second=sum(t for t, _ in self._recent) / sum(s for _, s in self._recent),
+            is_logged=is_logged,
+        )
+
+    def _accumulate(self) -> tuple[Tensor, int]:
+        """Gradients of one step: ([loss, auxiliary loss] of the step, tokens it saw)."""
+        examples = [[self.job.train[i] for i in part] for part in self._micro_batches()]
+        total = sum(example.num_supervised for part in examples for example in part)
+        sums = torch.zeros(2, device=self.device)
+        tokens = 0
+        for part in examples:
+            batch = self._collate(part)
+            loss_sum, _ = self.forward(batch)
+            loss = loss_sum / total
+            share = supervised_share({"labels": batch["labels"], "num_items_in_batch": total})
+            aux = share * sum(self.handle.aux_losses(self.job.name).values(), loss.new_zeros(()))
+            (loss + aux).backward()
+            sums += torch.stack([loss.detach(), aux.detach()]).to(sums.dtype)
+            tokens += num_tokens(batch)
+        return sums, tokens
+
+    def _micro_batches(self) -> list[list[int]]:
+        size = self.job.training.gradient_accumulation_steps
+        return self.plan[self.state.step * size : (self.state.step + 1) * size]
+
+    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        job = self.job
+        return collate(examples, job.pad_token_id, packing=job.packing, max_len=job.sequence_len)
+
+    def _fail(self, loss: float, aux: float, lr: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        step = self.state.step + 1
+        what = "gradient" if math.isfinite(loss + aux) else "loss"
+        self.state.status = "failed"
+        self.state.reason = (
+            f"the {what} of step {step} is not finite (loss {loss:g}, auxiliary {aux:g}, learning rate {lr:.2g}); the "
+            f"weights of step {step - 1} are kept. Try a lower learning_rate or a longer warm-up"
+        )
+
+    def _log(self, lr: float, grad_norm: float) -> None:
+        """A history row: means over the steps since the last one. No times: a resumed run must write the same rows."""
+        state = self.state
+        loss, aux = (sum(column) / len(state.window) for column in zip(*state.window, strict=True))
+        row = {
+            "step": state.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": state.tokens,
+        }
+        if any(entry[1] for entry in state.window):
+            row["aux"] = aux
+        state.history.append(row)
+        state.window = []
+
+    # --- Validation -----------------------------------------------------------------------------
+
+    def validate(self) -> tuple[float, bool]:
+        """(mean loss over the supervised validation tokens, whether it is the lowest so far)."""
+        loss = self._validation_loss()
+        state = self.state
+        if not state.history or state.history[-1]["step"] != state.step:
+            state.history.append({"step": state.step})
+        state.history[-1]["val_loss"] = loss
+        is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if is_best:
+            state.best_loss, state.best_step, state.num_bad = loss, state.step, 0
+            self.best = {name: t.detach().cpu().clone() for name, t in self.weights().items()}
+        else:
+            state.num_bad += 1
+        return loss, is_best
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        size = self.job.training.micro_batch_size
+        rows = sorted(self.job.validation, key=len)
+        self.handle.use(self.job.name)
+        self.model.eval()
+        total, count = 0.0, 0
+        # A copy: how often a run validates must not change what it draws in training.
+        with running_with(dict(self.rng), self.device):
+            for start in range(0, len(rows), size):
+                loss_sum, num = self.forward(self._collate(rows[start : start + size]))
+                total += loss_sum.item()
+                count += num
+        self.model.train()
+        return total / count
+
+    # --- What is written down -------------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes: trainable parameters and buffers of the adapter."""
+        buffers: dict[str, Tensor] = dict(self.adapter.named_buffers())
+        return {**self.parameters, **buffers}
+
+    @torch.no_grad()
+    def set_weights(self, saved: Mapping[str, Tensor]) -> None:
+        own = self.weights()
+        if own.keys() != saved.keys():
+            raise ValueError(
+                f"the saved state of {self.job.name!r} holds other tensors than this adapter: "
+                f"{sorted(own.keys() ^ saved.keys())[:3]}"
+            )
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+
+    def use_best(self) -> None:
+        """Put the weights of the best validation back, if there was one."""
+        if self.best is not None:
+            self.set_weights(self.best)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything but `state` that a resumed job needs."""
+        groups = {
+            "adapter": self.weights(),
+            "optimizer": optimizer_tensors(self.optimizer, self.parameters),
+            "rng": dict(self.rng),
+        }
+        if self.best is not None:
+            groups["best"] = self.best
+        return groups
+
+    def restore(self, state: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.state = JobState.from_dict(state)
+        self.set_weights(groups["adapter"])
+        load_optimizer_tensors(self.optimizer, self.parameters, groups["optimizer"])
+        self.rng = dict(groups["rng"])
+        self.best = dict(groups["best"]) if "best" in groups else None

@@ -1,0 +1,282 @@
+"""The training loop: a list of jobs over one shared base, one is ordinary fine-tuning.
+
+Jobs take turns, one optimizer step each per round. Every job has its own adapter, data, optimizer, schedule, generators and
+stop rule, so a job trains the same whatever its neighbours do; one that diverges or ends leaves the others running.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from loramux.train.checkpoint import CheckpointError, CheckpointStore, refuse_other
+from loramux.train.events import Listener
+from loramux.train.job import Job, Status
+from loramux.train.loss import SupervisedForward
+from loramux.train.runner import JobRunner
+
+if TYPE_CHECKING:
+    from loramux.api import Handle
+
+log = logging.getLogger(__name__)
+SAVE_SECONDS = 60.0  # between resumable states, for jobs without save_every
+LAST_ROWS = 10  # history rows that train_loss is the mean of
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended. train_loss: mean of the last ten history rows; val_loss: that of the weights that were kept."""
+
+    name: str
+    status: Status
+    reason: str
+    steps: int
+    num_steps: int
+    train_loss: float | None
+    val_loss: float | None
+    best_step: int | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    adapter: str | None
+
+
+class Trainer:
+    """Trains adapters that are on the handle; `job.name` says which.
+
+    out: folder for `adapter/`, `best/`, `history.json` and resumable states; None writes nothing. Several jobs each get a
+    folder of their name in it. resume: go on from the last state in `out`, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        handle: Handle,
+        jobs: Sequence[Job],
+        *,
+        out: Path | None = None,
+        resume: bool = False,
+        listeners: Sequence[Listener] = (),
+    ):
+        names = [job.name for job in jobs]
+        if not jobs or len(set(names)) != len(names):
+            raise ValueError(
+                f"jobs need different names and there must be at least one, got {names}"
+            )
+        missing = [name for name in names if name not in handle.adapters]
+        if missing:
+            raise ValueError(
+                f"no adapters named {missing} on the handle; add them with handle.add(config, name=...) first"
+            )
+        self.model = model
+        self.handle = handle
+        self.out = out
+        self.listeners = tuple(listeners)
+        self.forward = SupervisedForward(model)
+        self.runners = [JobRunner(job, model, handle, self.forward) for job in jobs]
+        self.round = 0
+        self._stop = False
+        self._saved_at = time.monotonic()
+        self.store = None if out is None else CheckpointStore(out / "checkpoints")
+        self._identity: dict[str, Any] | None = None
+        if self.store is not None:
+            self._restore(self.store, resume)
+
+    # --- The loop -------------------------------------------------------------------------------
+
+    def run(self) -> list[JobResult]:
+        """Train until every job has ended or `stop` was called; then say how each stands."""
+        results: list[JobResult] = []
+        self._saved_at = time.monotonic()
+        with self._training_mode():
+            self._tell("started")
+            try:
+                while not self._stop and any(runner.is_running for runner in self.runners):
+                    self.round += 1
+                    for runner in self.runners:
+                        if runner.is_running:
+                            self._advance(runner)
+                    self._checkpoint_if_due()
+            finally:
+                results = [self._result(runner) for runner in self.runners]
+                self._tell("finished", results)
+        return results
+
+    def stop(self) -> None:
+        """End after the current round; a resumable state is written first."""
+        self._stop = True
+
+    def _advance(self, runner: JobRunner) -> None:
+        """One step of one job, and what is due after it."""
+        job, state = runner.job, runner.state
+        event = runner.step()
+        if event is None:
+            log.warning("job %s stopped: %s", job.name, state.reason)
+            self._end(runner)
+            return
+        self._tell("stepped", event)
+        is_last = state.step == runner.num_steps
+        every = job.training.eval_every
+        if job.validation and (is_last or (every and state.step % every == 0)):
+            self._validate(runner)
+        patience = job.training.early_stopping_patience
+        if patience and state.num_bad >= patience and not is_last:
+            state.status = "stopped_early"
+            state.reason = f"no better validation loss since step {state.best_step}"
+        elif is_last:
+            state.status = "finished"
+        if not runner.is_running:
+            self._end(runner)
+
+    def _validate(self, runner: JobRunner) -> None:
+        loss, is_best = runner.validate()
+        if is_best and self.out is not None:
+            self.handle.save(self.folder(runner.job) / "best", name=runner.job.name)
+        self._tell("validated", runner.job.name, runner.state.step, loss, is_best)
+
+    def _end(self, runner: JobRunner) -> None:
+        """Keep the best weights and write the adapter."""
+        runner.use_best()
+        if self.out is not None:
+            self.handle.save(self.folder(runner.job) / "adapter", name=runner.job.name)
+            self._write_history(runner)
+        self._tell("stopped", runner.job.name, runner.state.status, runner.state.reason)
+
+    # --- What lies in `out` -----------------------------------------------------------------------
+
+    def folder(self, job: Job) -> Path:
+        """Where the results of a job are written."""
+        assert self.out is not None
+        return self.out if len(self.runners) == 1 else self.out / job.name
+
+    def _checkpoint_if_due(self) -> None:
+        if self.store is None:
+            return
+        over = self._stop or not any(runner.is_running for runner in self.runners)
+        if over or self._is_due():
+            self.checkpoint()
+
+    def _is_due(self) -> bool:
+        periods = [runner.job.training.save_every for runner in self.runners]
+        if any(every and self.round % every == 0 for every in periods):
+            return True
+        return not any(periods) and time.monotonic() - self._saved_at > SAVE_SECONDS
+
+    def checkpoint(self) -> None:
+        """Write a state of all jobs that a run can go on from."""
+        assert self.store is not None
+        tensors = {
+            f"{i}.{group}": content
+            for i, runner in enumerate(self.runners)
+            for group, content in runner.tensors().items()
+        }
+        meta = {
+            "round": self.round,
+            "identity": self.identity(),
+            "jobs": [runner.state.to_dict() for runner in self.runners],
+        }
+        self.store.save(self.round, meta, tensors)
+        for runner in self.runners:
+            self._write_history(runner)
+        self._saved_at = time.monotonic()
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a state to be gone on from."""
+        from loramux.api import describe_config
+        from loramux.persist import digest_of_base
+
+        if self._identity is None:
+            self._identity = {
+                "base": digest_of_base(self.model),
+                "jobs": {
+                    runner.job.name: {
+                        "method": describe_config(runner.adapter.method.config),
+                        **runner.job.identity(),
+                    }
+                    for runner in self.runners
+                },
+            }
+        return self._identity
+
+    def _restore(self, store: CheckpointStore, resume: bool) -> None:
+        if not resume:
+            if store.numbers():
+                raise CheckpointError(
+                    f"{store.folder} holds states of an earlier run; resume it or choose another folder"
+                )
+            return
+        saved = store.newest()
+        if saved is None:
+            return
+        refuse_other(saved.meta["identity"], self.identity(), store.folder.parent)
+        self.round = int(saved.meta["round"])
+        for i, (runner, state) in enumerate(zip(self.runners, saved.meta["jobs"], strict=True)):
+            prefix = f"{i}."
+            groups = {
+                name.removeprefix(prefix): group
+                for name, group in saved.tensors.items()
+                if name.startswith(prefix)
+            }
+            runner.restore(state, groups)
+        log.info("going on after round %d", self.round)
+
+    def _write_history(self, runner: JobRunner) -> None:
+        from loramux.formats.jsonio import write_json
+
+        folder = self.folder(runner.job)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "history.json", [_finite(row) for row in runner.state.history])
+
+    def _result(self, runner: JobRunner) -> JobResult:
+        state, job = runner.state, runner.job
+        losses = [row["loss"] for row in state.history if "loss" in row][-LAST_ROWS:]
+        saved = self.out is not None and not runner.is_running
+        return JobResult(
+            name=job.name,
+            status=state.status,
+            reason=state.reason,
+            steps=state.step,
+            num_steps=runner.num_steps,
+            train_loss=sum(losses) / len(losses) if losses else None,
+            val_loss=state.best_loss,
+            best_step=state.best_step if state.best_loss is not None else None,
+            tokens=state.tokens,
+            seconds=state.seconds,
+            tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+            adapter=str(self.folder(job) / "adapter") if saved else None,
+        )
+
+    # --- Around the loop --------------------------------------------------------------------------
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        """Training mode, logits where there are labels, activation checkpointing if asked for; all undone at the end."""
+        before, active = self.model.training, self.handle.dispatch.active
+        with ExitStack() as stack:
+            stack.enter_context(self.forward.hooked())
+            stack.callback(self.handle.use, active)
+            stack.callback(self.model.train, before)
+            if any(runner.job.training.gradient_checkpointing for runner in self.runners):
+                model: Any = self.model
+                model.gradient_checkpointing_enable(
+                    gradient_checkpointing_kwargs={"use_reentrant": False}
+                )
+                stack.callback(model.gradient_checkpointing_disable)
+            self.model.train()
+            yield
+
+    def _tell(self, what: str, *details: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, what)(self, *details)
+
+
+def _finite(row: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {key: value if abs(value) < float("inf") else None for key, value in row.items()}
