@@ -30,6 +30,7 @@ from loramux.formats.scaling import site_scaling, target_names, uneven
 from loramux.formats.tensors import AdapterTensors, SiteTensors, zero_sites
 from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
+from loramux.methods.mole import expert_names
 from loramux.mixlora_import import mixlora_adapter
 from loramux.ops.contract import Spans
 
@@ -202,10 +203,8 @@ def gated_adapter(model: nn.Module, sites: Sequence[Site], method: Method, name:
     folders = [Path(folder) for folder in getattr(method.config, "adapters", ())]
     if not folders:
         raise ValueError(f"{method.title} needs trained adapters; list their folders in `adapters`")
-    names = [folder.name for folder in folders]
-    if len(set(names)) != len(names):
-        raise ValueError(f"the adapters' folders must have different names, got {names}")
-    experts = {folder.name: read_peft(folder) for folder in folders}
+    names = expert_names([str(folder) for folder in folders])
+    experts = {own: read_peft(folder) for own, folder in zip(names, folders, strict=True)}
     adapter = gate(sites, method, experts, name)
     adapter.set_trainable(True)
     return adapter
@@ -237,10 +236,15 @@ def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         (tensors,) = experts.values()
         write_peft(folder, tensors)
         return folder
+    config = method.config.to_dict()
+    if adapter.experts:
+        config["adapters"] = list(
+            adapter.experts
+        )  # by name: the paths they came from mean nothing elsewhere
     write_mixture(
         folder,
         method=method.name,
-        config=method.config.to_dict(),
+        config=config,
         servability=method.servability,
         base_digest=digest_of_base(model),
         base_name=getattr(model, "name_or_path", "") or "",

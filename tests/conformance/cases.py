@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "top2": {**_EXPERTS},
         "dora": {**_EXPERTS, "use_dora": True},
         "dynamic": {**_EXPERTS, "routing_strategy": "mixlora-dynamic", "top_p": 0.6},
-        "switch": {**_EXPERTS, "routing_strategy": "mixlora-switch", "expert_capacity": 2},
+        "switch": {**_EXPERTS, "routing_strategy": "mixlora-switch"},
         "every-other-layer": {**_EXPERTS, "sparse_step": 2, "expert_r": 2, "expert_alpha": 3.0},
     },
     "mole": {

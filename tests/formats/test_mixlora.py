@@ -161,6 +161,16 @@ def test_a_setting_of_another_strategy_is_warned_about(tmp_path, caplog):
     assert "'top_p' has no effect" in caplog.text
 
 
+def test_null_is_not_said_and_settings_of_other_strategies_are_dropped_on_writing(tmp_path, caplog):
+    config, found = read_mixlora(save(tmp_path / "theirs"))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        write_mixlora(tmp_path / "ours", config | {"top_p": 0.8, "expert_capacity": None}, found)
+        again, _ = read_mixlora(tmp_path / "ours")
+    assert again == config
+    assert not caplog.text
+
+
 def test_target_modules_may_map_names_to_booleans(tmp_path):
     names = {"q_proj": True, "k_proj": False, "gate_proj": True, "down_proj": True, "up_proj": True}
     config, _ = read_mixlora(save(tmp_path, target_modules=names))

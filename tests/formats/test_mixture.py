@@ -139,6 +139,21 @@ def test_a_kill_between_the_renames_loses_nothing(folder, monkeypatch, fails_at)
     assert read_mixture(folder).digest == before
 
 
+def test_the_old_mixture_is_put_back_when_the_new_one_cannot_take_its_place(folder, monkeypatch):
+    before, rename = snapshot(folder), os.rename
+
+    def refuse_new(source: Path, target: Path) -> None:
+        if str(source).endswith(".tmp"):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", refuse_new)
+    with pytest.raises(OSError, match="no"):
+        write(folder, config={"changed": 1})
+    assert snapshot(folder) == before
+    assert [p.name for p in folder.parent.iterdir()] == ["mixture"]
+
+
 @pytest.mark.parametrize("kind", ["notes", "adapter", "model", "file", "link", "foreign weights"])
 def test_a_folder_that_is_not_ours_is_not_replaced(tmp_path, kind):
     target = tmp_path / "target"

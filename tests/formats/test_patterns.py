@@ -36,9 +36,11 @@ REGEX_KEYS = st.sampled_from(
 KEYS = st.one_of(PLAIN_KEYS, REGEX_KEYS)
 
 
-@given(st.lists(KEYS, max_size=6, unique=True), PATHS)
+@given(PATHS, st.data())
 @settings(max_examples=600, deadline=None)
-def test_the_first_matching_pattern_decides_as_in_peft(keys, path):
+def test_the_first_matching_pattern_decides_as_in_peft(path, data):
+    endings = [path[at:].replace(".", dot) for at in range(len(path)) for dot in "._"]
+    keys = data.draw(st.lists(KEYS | st.sampled_from(endings), max_size=6, unique=True))
     pattern = {key: index for index, key in enumerate(keys)}
     theirs = pattern.get(get_pattern_key(pattern.keys(), path), -1)
     assert PatternTable(pattern, "rank_pattern").find(path, -1) == theirs

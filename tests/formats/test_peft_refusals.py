@@ -302,10 +302,10 @@ def test_nothing_is_written_when_the_adapter_to_write_is_not_sound(tmp_path):
     path = next(iter(good.sites))
     site = good.sites[path]
     bad_rows = AdapterTensors(
-        good.config, good.sites | {path: SiteTensors(site.a * float("nan"), site.b)}, ""
+        good.config, good.sites | {path: SiteTensors(site.a * float("nan"), site.b)}
     )
-    bad_rank = AdapterTensors(good.config | {"r": 5}, good.sites, "")
-    bad_key = AdapterTensors(good.config | {"rr": 5}, good.sites, "")
+    bad_rank = AdapterTensors(good.config | {"r": 5}, good.sites)
+    bad_key = AdapterTensors(good.config | {"rr": 5}, good.sites)
     for bad, code in ((bad_rows, "nonfinite"), (bad_rank, "rank"), (bad_key, "unknown_key")):
         with pytest.raises(FormatError) as caught:
             write_peft(tmp_path / "new", bad)

@@ -11,7 +11,6 @@ from loramux.ops import cpu
 from loramux.ops.choose import (
     BACKENDS,
     MAX_DENSE_RANK,
-    MAX_KERNEL_ROWS,
     Choice,
     choose_backend,
     load_backend,
@@ -37,8 +36,8 @@ def choose(requested: str = "auto", **change: object) -> Choice:
 @pytest.mark.skipif(not cpu.available(), reason=cpu.why_not())
 def test_few_rows_without_gradient_run_in_the_kernel() -> None:
     assert choose().name == "cpu"
-    assert choose(num_rows=MAX_KERNEL_ROWS).name == "cpu"
-    assert choose(num_rows=MAX_KERNEL_ROWS + 1).name == "reference"
+    assert choose(num_rows=cpu.max_rows()).name == "cpu"
+    assert choose(num_rows=cpu.max_rows() + 1).name == "reference"
 
 
 @pytest.mark.parametrize(
@@ -46,17 +45,23 @@ def test_few_rows_without_gradient_run_in_the_kernel() -> None:
     [
         ({"needs_grad": True}, "reference", "no gradient"),
         ({"dtype": torch.float64}, "reference", "not torch.float64"),
-        ({"num_rows": 4096}, "reference", "take up to 16"),
+        ({"num_rows": 4096}, "reference", "few enough"),
         ({"num_rows": 4096, "total_rank": MAX_DENSE_RANK + 1}, "grouped", "too many to compute"),
         ({"needs_grad": True, "total_rank": MAX_DENSE_RANK + 1}, "grouped", "too many to compute"),
         ({"device": "cuda", "needs_grad": True}, "reference", "triton"),
-        ({"device": "meta"}, "reference", "few enough"),
+        ({"device": "meta"}, "reference", "no kernel for meta"),
     ],
 )
 def test_the_reason_says_what_decided(change: dict[str, object], name: str, reason: str) -> None:
     choice = choose(**change)
     assert choice.name == name and reason in choice.reason
     assert str(choice) == f"{name}: {choice.reason}"
+
+
+def test_autocast_keeps_the_kernel_out() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        choice = choose(dtype=torch.float32)
+    assert choice.name == "reference" and "autocast" in choice.reason
 
 
 @pytest.mark.usefixtures("no_compiler")

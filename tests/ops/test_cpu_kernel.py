@@ -23,24 +23,27 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(params=[*VARIANTS, "torch"])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel compiled for one instruction set, or none."""
-    if request.param == "torch":
+    yield from forced(request.param, monkeypatch)
+
+
+@pytest.fixture(params=VARIANTS)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    yield from forced(request.param, monkeypatch)
+
+
+def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if name == "torch":
         monkeypatch.setenv("LORAMUX_NO_CC", "1")
     else:
-        monkeypatch.setenv("LORAMUX_CPU_VARIANT", request.param)
+        monkeypatch.setenv("LORAMUX_CPU_VARIANT", name)
     cpu.kernel.cache_clear()
-    if request.param != "torch" and not cpu.available():
-        cpu.kernel.cache_clear()
-        pytest.skip(cpu.why_not())
-    assert cpu.kernel().variant == request.param
-    yield request.param
+    kernel = cpu.kernel()
+    if name == "torch" or kernel.call is not None:
+        assert kernel.variant == name
+        yield name
+    else:
+        pytest.skip(kernel.why_not)
     cpu.kernel.cache_clear()
-
-
-@pytest.fixture
-def compiled(variant: str) -> str:
-    if variant == "torch":
-        pytest.skip("about compiled code")
-    return variant
 
 
 def linear_exact(

@@ -132,6 +132,32 @@ def test_sites_under_one_route_share_the_mask() -> None:
     assert reference.plan_for(same, case.pairs, torch.bfloat16) is not first
 
 
+def test_a_mask_made_in_inference_mode_does_not_reach_training() -> None:
+    case = random_case(6, dtype=torch.float32)
+    route = (case.spans, case.pairs)
+    with torch.inference_mode():
+        reference.apply(case.y.clone(), case.x, case.a, case.b, *route)
+    a = case.a.clone().requires_grad_()
+    reference.apply(case.y.clone(), case.x, a, case.b, *route).sum().backward()
+    assert a.grad is not None and bool(a.grad.abs().sum() > 0)
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_autocast_keeps_the_dtype_of_y(name: str) -> None:
+    case = random_case(12, dtype=torch.float32)
+    leaves = [leaf.clone().requires_grad_() for leaf in (case.x, case.a, case.b)]
+    pairs = replace(case.pairs, cache={})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = torch.nn.functional.linear(
+            torch.zeros(case.y.shape[0], 3), torch.zeros(case.y.shape[1], 3)
+        )
+        out = BACKENDS[name](y, *leaves, case.spans, pairs)
+    assert out.dtype is torch.bfloat16
+    assert_close(out, exact(replace(case, y=torch.zeros_like(case.y))))
+    out.float().sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.dtype is torch.float32 for leaf in leaves)
+
+
 def test_a_fresh_y_is_written_in_place_and_a_leaf_is_not() -> None:
     case = random_case(8, dtype=torch.float32)
     y = case.y.clone()

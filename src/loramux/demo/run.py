@@ -79,7 +79,7 @@ def main(out: Path, base: str) -> dict[str, Any]:
         settings=recipe.jobs_resolved()[0].model_dump(mode="json"),
         seconds=seconds,
         lead=(
-            "One adapter, trained on 160 rows of each task. For every prompt its routers choose three of the seven "
+            "One adapter, trained on 240 rows of each task. For every prompt its routers choose three of the seven "
             "linears of each layer, once; the answer's tokens reuse that choice."
         ),
     )

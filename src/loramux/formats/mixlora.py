@@ -69,7 +69,9 @@ def write_mixlora(
 ) -> None:
     """Write the current layout; also what the published writer leaves out, so that training can be resumed."""
     folder = Path(folder)
-    ready = normal_config({"peft_type": "MIXLORA", **config}, "the MixLoRA config to write")
+    ready = normal_config(
+        {"peft_type": "MIXLORA", **config}, "the MixLoRA config to write", warns=False
+    )
     check_mixlora(ready, tensors, prefix)
     named = mixlora_names(tensors, prefix)
     check_finite(named, "the MixLoRA tensors to write")

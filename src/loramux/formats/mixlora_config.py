@@ -53,8 +53,9 @@ _KNOWN = (
 _EXPERT_FIELDS = ("r", "lora_alpha", "lora_dropout", *_LORA)
 
 
-def normal_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The config under current names with every default filled in; raises FormatError."""
+def normal_config(config: Mapping[str, Any], where: str, *, warns: bool = True) -> dict[str, Any]:
+    """The config under current names with every default filled in (null counts as not said); raises FormatError."""
+    config = {key: value for key, value in config.items() if value is not None}
     if config.get("peft_type") != "MIXLORA":
         raise FormatError(
             f"{where}: peft_type is {config.get('peft_type')!r}, expected 'MIXLORA'; plain adapters are "
@@ -62,16 +63,16 @@ def normal_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             code="peft_type",
         )
     check_keys(dict(config), _KNOWN, where)
-    missing = [key for key in _REQUIRED if config.get(key) is None]
+    missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise FormatError(f"{where} lacks {listed(missing)}", code="bad_value")
     strategy = _strategy(config["routing_strategy"], where)
     defaults = {**_LABELS, **_LORA, **_DEFAULTS[strategy]}
     foreign = [key for key in config if key in _STRATEGY_KEYS and key not in defaults]
-    if foreign:
+    if foreign and warns:
         logger.warning("%s: %s has no effect with %r", where, listed(foreign), strategy)
     lost = [key for key in _DEFAULTS[strategy] if key in _NOT_EXPORTED and key not in config]
-    if lost:
+    if lost and warns:
         logger.warning(
             "%s does not say %s (published MixLoRA files never do): the defaults are used, so training cannot be "
             "resumed faithfully from it",

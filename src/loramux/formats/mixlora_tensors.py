@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -21,10 +22,16 @@ LAYERS = "model.layers"
 class MixLoraTensors:
     """What a MixLoRA file holds, by module path of the model; layers in order, experts by index."""
 
+    config: dict[str, Any]
     attention: dict[str, SiteTensors]
     ffn: dict[str, list[SiteTensors]]
     gates: dict[int, Tensor]  # layer -> [E, I]
-    digest: str
+    prefix: str = LAYERS
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the config and of every tensor under its current name; computed when first asked for."""
+        return tensor_digest(self.config, mixlora_names(self, self.prefix))
 
     @classmethod
     def build(
@@ -36,16 +43,16 @@ class MixLoraTensors:
         *,
         prefix: str = LAYERS,
     ) -> MixLoraTensors:
-        """Order, check completeness and shapes against the config, and compute the digest."""
+        """Order, and check completeness and shapes against the config."""
         found = cls(
+            dict(config),
             {path: attention[path] for path in sorted(attention, key=natural_order)},
             {path: list(ffn[path]) for path in sorted(ffn, key=natural_order)},
             {layer: gates[layer] for layer in sorted(gates)},
-            "",
+            prefix,
         )
         check_mixlora(config, found, prefix)
-        digest = tensor_digest(config, mixlora_names(found, prefix))
-        return cls(found.attention, found.ffn, found.gates, digest)
+        return found
 
 
 def check_mixlora(config: Mapping[str, Any], tensors: MixLoraTensors, prefix: str) -> None:

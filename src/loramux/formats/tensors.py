@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -46,18 +47,22 @@ class SiteTensors:
 
 @dataclass(frozen=True, eq=False)
 class AdapterTensors:
-    """One adapter: the content of adapter_config.json, sites in natural module order, digest of both."""
+    """One adapter: the content of adapter_config.json and the sites in natural module order."""
 
     config: dict[str, Any]
     sites: dict[str, SiteTensors]
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of both; computed when first asked for, which takes about as long as all the rest of reading."""
+        return tensor_digest(self.config, named_tensors(self.sites))
 
     @classmethod
     def build(cls, config: Mapping[str, Any], sites: Mapping[str, SiteTensors]) -> AdapterTensors:
-        """Order the sites and compute the digest; shapes are checked, the config is not."""
+        """Order the sites; shapes are checked, the config is not."""
         ordered = {path: sites[path] for path in sorted(sites, key=natural_order)}
         check_shapes(ordered)
-        return cls(dict(config), ordered, tensor_digest(config, named_tensors(ordered)))
+        return cls(dict(config), ordered)
 
 
 def zero_sites(adapter: AdapterTensors) -> list[str]:

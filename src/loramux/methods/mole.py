@@ -17,8 +17,10 @@ Letters: N tokens, Q requests, R rank rows of the site, O output width, E expert
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +32,7 @@ from loramux.core.router import Router, RouteView, mean_over, segment_softmax, s
 from loramux.core.types import Route, RouteRecord, Site, When
 
 NORM_EPS = 1e-5
+NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 BALANCE_FLOOR = 1e-8
 
 
@@ -171,8 +174,8 @@ class MoLEMethod(Method):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the experts, in gate order."""
-        return tuple(path.rstrip("/").rpartition("/")[2] for path in self.config.adapters)
+        """Names of the experts, in gate order: the part of their paths, from the end, that tells them apart."""
+        return expert_names(self.config.adapters)
 
     def _unit_key(self, site: Site) -> str:
         return {
@@ -190,6 +193,18 @@ class MoLEMethod(Method):
         if not records or self.config.router_aux_loss_coef == 0:
             return {}
         return {"balance": self.config.router_aux_loss_coef * balance(records)}
+
+
+def expert_names(paths: Sequence[str]) -> tuple[str, ...]:
+    """`runs/snips/adapter`, `runs/clinc/adapter` -> `snips`, `clinc`. Raises ValueError where paths are equal."""
+    parts = [PurePath(path).parts for path in paths]
+    for back in range(1, min((len(p) for p in parts), default=0) + 1):
+        names = [NOT_IN_NAMES.sub("-", p[-back].lower()).strip("-._") or "adapter" for p in parts]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    raise ValueError(
+        f"the adapters need folders that differ in one part of their path, got {list(paths)}"
+    )
 
 
 def balance(records: Sequence[RouteRecord]) -> Tensor:

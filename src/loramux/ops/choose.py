@@ -25,7 +25,6 @@ BACKENDS = {
     "triton": "loramux.ops.triton:apply",
 }
 
-MAX_KERNEL_ROWS = 16  # measured: above it torch's own matrix products catch up with the C kernel
 MAX_TRITON_ROWS = 256  # ours, not measured: the shrink kernel reads A once per pair
 MAX_DENSE_RANK = 512  # ours: above it the dense form computes too many ranks that no row uses
 
@@ -57,14 +56,15 @@ def choose_backend(
     device = torch.device(device)
     if requested != "auto":
         return _requested(requested, device, dtype, needs_grad)
-    kernel = {"cuda": "triton", "cpu": "cpu"}.get(device.type)
-    limit = MAX_TRITON_ROWS if kernel == "triton" else MAX_KERNEL_ROWS
-    reason = f"{num_rows} rows, the kernels take up to {limit}"
-    if kernel and num_rows <= limit:
-        obstacle = why_not(kernel, device, dtype, needs_grad)
-        if not obstacle:
-            return Choice(kernel, f"{num_rows} rows of at most {limit}, no gradient wanted")
-        reason = f"not {kernel}: {obstacle}"
+    kernel = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "")
+    obstacle = (
+        why_not(kernel, device, dtype, needs_grad) if kernel else f"no kernel for {device.type}"
+    )
+    limit = 0 if obstacle else _max_rows(kernel)
+    if not obstacle and num_rows <= limit:
+        return Choice(kernel, f"{num_rows} rows of at most {limit}, no gradient wanted")
+    reason = obstacle and f"not {kernel}: {obstacle}" if kernel else obstacle
+    reason = reason or f"{num_rows} rows are more than the {limit} that {kernel} is made for"
     if total_rank > MAX_DENSE_RANK:
         return Choice(
             "grouped", f"{reason}; {total_rank} ranks are too many to compute for every row"
@@ -72,6 +72,14 @@ def choose_backend(
     return Choice(
         "reference", f"{reason}; {total_rank} ranks are few enough to compute for every row"
     )
+
+
+def _max_rows(kernel: str) -> int:
+    if kernel == "triton":
+        return MAX_TRITON_ROWS
+    from loramux.ops import cpu
+
+    return cpu.max_rows()
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> str:
@@ -101,6 +109,8 @@ def _why_not_cpu(device: torch.device, dtype: torch.dtype, needs_grad: bool) -> 
         return f"it computes float32 and bfloat16, not {dtype}"
     if needs_grad:
         return "it has no gradient"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast decides the dtype of every torch call, and the kernel is none"
     from loramux.ops import cpu
 
     return cpu.why_not()

@@ -43,6 +43,8 @@ __all__ = [
 ]
 
 SOURCE = Path(__file__).with_name("lora.c")
+FEW_ROWS = 16  # vector instructions: the work grows with every row
+MANY_ROWS = 64  # AMX: up to 32 rows cost one pass over the weight
 ERRORS = {
     1: "out of memory",
     2: "a source row lies outside x",
@@ -94,6 +96,11 @@ def available() -> bool:
 def why_not() -> str:
     """Empty where the kernel runs."""
     return kernel().why_not
+
+
+def max_rows() -> int:
+    """Up to how many rows `linear` is quicker than torch: measured, see MANY_ROWS and FEW_ROWS."""
+    return MANY_ROWS if kernel().variant == "amx" else FEW_ROWS
 
 
 def prepare(

@@ -29,8 +29,8 @@ def apply(y: Tensor, x: Tensor, a: Tensor, b: Tensor, spans: Spans, pairs: Pairs
         a, b = a[plan.start : plan.stop], b[plan.start : plan.stop]
     if a.shape[0] == 0 or y.shape[0] == 0 or pairs.num_pairs == 0:
         return y
-    u_DR = plan.gate(functional.linear(x, a.to(x.dtype)))
-    b = b.to(y.dtype)
+    # Under autocast t and y are narrower than x; the sum happens in y's dtype.
+    u_DR, b = plan.gate(functional.linear(x, a.to(x.dtype))).to(y.dtype), b.to(y.dtype)
     if torch.is_grad_enabled() and (y._is_view() or (y.is_leaf and y.requires_grad)):
         return torch.addmm(y, u_DR, b, alpha=plan.scale)
     return y.addmm_(u_DR, b, alpha=plan.scale)
@@ -66,8 +66,9 @@ def plan_for(spans: Spans, pairs: Pairs, dtype: torch.dtype) -> Plan:
     learned = pairs.weight.requires_grad or (
         pairs.rank_weight is not None and pairs.rank_weight.requires_grad
     )
-    # A mask made without gradients must not serve a forward pass that needs them.
-    key = ("reference", spans, dtype, learned and torch.is_grad_enabled())
+    # A mask made without gradients must not serve a forward pass that needs them, nor one made in inference mode.
+    mode = (learned and torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    key = ("reference", spans, dtype, mode)
     plan = pairs.cache.get(key)
     if plan is None:
         plan = pairs.cache[key] = _make_plan(spans, pairs, dtype)

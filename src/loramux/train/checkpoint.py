@@ -158,8 +158,8 @@ def refuse_other(saved: Any, now: Any, where: Path) -> None:
     if found:
         more = f" and {len(found) - 5} more" if len(found) > 5 else ""
         raise CheckpointError(
-            f"{where} holds a run of another recipe ({'; '.join(found[:5])}{more}). Put the recipe back to go on with it, "
-            "or start anew: choose another folder, or remove this one"
+            f"{where} holds a run of another recipe ({'; '.join(found[:5])}{more}). "
+            "Put the recipe back to go on with it, or start anew: choose another folder, or remove this one"
         )
 
 

@@ -6,8 +6,8 @@
     )
     trainer.train()
 
-The router's loss reaches the trainer through the model's outputs by itself. Prompt routers take the tokens before the first
-label as the prompt; pass `prompt_mask` in the batch, with `remove_unused_columns=False`, to say it otherwise.
+The router's loss reaches the trainer through the model's outputs by itself. Prompt routers take the tokens before the
+first label as the prompt; pass `prompt_mask` in the batch, with `remove_unused_columns=False`, to say it otherwise.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One job: what is asked for (`Job`, never changes) and how far it has come (`JobState`, what a checkpoint holds).
 
-Why apart: two runs of the same `Job` must end in the same bits, so everything a run adds up lies in one place that can be
-written down and read back. Nothing here depends on other jobs or on the clock.
+Why apart: two runs of the same `Job` must end in the same bits, so everything a run adds up lies in one place that
+can be written down and read back. Nothing here depends on other jobs or on the clock.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Job:
             raise ValueError(f"job {self.name!r}: give exactly one of steps and epochs")
         if training.early_stopping_patience and not (training.eval_every and self.validation):
             raise ValueError(
-                f"job {self.name!r}: early_stopping_patience counts validations; it needs validation data and eval_every"
+                f"job {self.name!r}: early_stopping_patience counts validations; "
+                "it needs validation data and eval_every"
             )
         if training.eval_every and not self.validation:
             raise ValueError(f"job {self.name!r}: eval_every needs validation data")

@@ -1,8 +1,8 @@
 """The forward pass of training: logits only where there is a label, and the loss in fp32.
 
-Why not `model(labels=...)`: with a short answer behind a long prompt nearly all rows of the logits are thrown away, and the
-vocabulary is a fifth of a small model's arithmetic. A hook lets the output head see the supervised positions only, so
-whatever the model does to its logits (scaling, soft caps) still happens.
+Why not `model(labels=...)`: with a short answer behind a long prompt nearly all rows of the logits are thrown away, and
+the vocabulary is a fifth of a small model's arithmetic. A hook lets the output head see the supervised positions only,
+so whatever the model does to its logits (scaling, soft caps) still happens.
 
 Letters: B rows, T tokens per row, D width, S supervised positions, V vocabulary.
 """

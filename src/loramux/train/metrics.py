@@ -17,8 +17,8 @@ from loramux.core.types import RouteRecord
 def router_metrics(records: Iterable[RouteRecord], *, shares: bool = True) -> dict[str, float]:
     """`router/ADAPTER/entropy` (mean over layers, 0 decided to 1 undecided) and `router/ADAPTER/LAYER/COLUMN`.
 
-    The latter is the share of the selections (of the weight, for routers that select everything) of a layer that went to
-    a column: one over the number of columns is balanced, 0 is a dead expert. `shares=False` leaves them out.
+    The latter is the share of the selections (of the weight, for routers that select everything) of a layer that went
+    to a column: one over the number of columns is balanced, 0 is a dead expert. `shares=False` leaves them out.
     """
     entropies: dict[str, list[float]] = {}
     found: dict[str, float] = {}
@@ -44,7 +44,7 @@ def _kept(record: RouteRecord) -> tuple[Tensor, Tensor]:
 def _entropy(probs_NC: Tensor) -> float:
     share_NC = probs_NC / probs_NC.sum(-1, keepdim=True).clamp_min(torch.finfo(probs_NC.dtype).tiny)
     entropy_N = torch.special.entr(share_NC).sum(-1) / math.log(max(probs_NC.shape[1], 2))
-    return entropy_N.mean().item()
+    return float(entropy_N.mean())
 
 
 def _shares(record: RouteRecord, gates_NC: Tensor) -> Mapping[str, float]:

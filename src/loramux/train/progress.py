@@ -1,4 +1,4 @@
-"""What a person sees while training: a live table on a terminal, a line now and then elsewhere; always standard error."""
+"""What a person sees while training, on standard error: live bars on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 

@@ -46,9 +46,9 @@ def train_recipe(
 ) -> dict[str, Any]:
     """Train every job of a recipe and write adapters, histories and logs to `out`.
 
-    resume: go on with the run in `out` if there is one; a run that is complete is returned as it is. Without it a folder
-    that holds a run is refused; a run of another recipe always is. An interrupt (Ctrl-C, SIGTERM) ends the run after the
-    current step with a resumable state, and raises KeyboardInterrupt.
+    resume: go on with the run in `out` if there is one; a run that is complete is returned as it is. Without it a
+    folder that holds a run is refused; a run of another recipe always is. An interrupt (Ctrl-C, SIGTERM) ends the run
+    after the current step with a resumable state, and raises KeyboardInterrupt.
     Returns {"out", "adapter", "steps", "train_loss", "val_loss", "seconds", "tokens_per_second", "jobs": [...]}; with
     several jobs the losses and the adapter are under "jobs" only.
     """
@@ -90,7 +90,7 @@ def build_trainer(
     tokenizer = AutoTokenizer.from_pretrained(base)
     # Data first: what is wrong with it shows before the base is loaded.
     built = [build_job(job, tokenizer) for job in jobs]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     handle = attach_jobs(model, jobs)
     return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)

@@ -1,7 +1,7 @@
 """Runs one job: its steps, its validations, and what has to be written down of it.
 
-A step: collated micro-batches -> forward -> cross-entropy in fp32, summed and divided by the supervised tokens of the whole
-step -> plus auxiliary losses, weighted by the micro-batch's share of those tokens -> backward -> clip -> AdamW -> schedule.
+A step: collated micro-batches -> forward -> cross-entropy in fp32, summed and divided by the supervised tokens of the
+whole step -> plus auxiliary losses, weighted by the micro-batch's share of those tokens -> backward -> clip -> AdamW.
 """
 
 from __future__ import annotations
@@ -203,6 +203,9 @@ class JobRunner:
             )
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+
+    def is_finite(self) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in self.weights().values())
 
     def use_best(self) -> None:
         """Put the weights of the best validation back, if there was one."""

@@ -1,7 +1,7 @@
 """The training loop: a list of jobs over one shared base, one is ordinary fine-tuning.
 
-Jobs take turns, one optimizer step each per round. Every job has its own adapter, data, optimizer, schedule, generators and
-stop rule, so a job trains the same whatever its neighbours do; one that diverges or ends leaves the others running.
+Jobs take turns, one optimizer step each per round. Every job has its own adapter, data, optimizer, schedule, random
+generators and stop rule, so it trains the same whatever its neighbours do; one that diverges leaves the others running.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class JobResult:
 class Trainer:
     """Trains adapters that are on the handle; `job.name` says which.
 
-    out: folder for `adapter/`, `best/`, `history.json` and resumable states; None writes nothing. Several jobs each get a
-    folder of their name in it. resume: go on from the last state in `out`, if there is one.
+    out: folder for `adapter/`, `best/`, `history.json` and resumable states; None writes nothing. Several jobs each get
+    a folder of their name in it. resume: go on from the last state in `out`, if there is one.
     """
 
     def __init__(
@@ -144,8 +144,9 @@ class Trainer:
     def _end(self, runner: JobRunner) -> None:
         """Keep the best weights and write the adapter."""
         runner.use_best()
-        if self.out is not None:
+        if self.out is not None and runner.is_finite():
             self.handle.save(self.folder(runner.job) / "adapter", name=runner.job.name)
+        if self.out is not None:
             self._write_history(runner)
         self._tell("stopped", runner.job.name, runner.state.status, runner.state.reason)
 
@@ -237,7 +238,8 @@ class Trainer:
     def _result(self, runner: JobRunner) -> JobResult:
         state, job = runner.state, runner.job
         losses = [row["loss"] for row in state.history if "loss" in row][-LAST_ROWS:]
-        saved = self.out is not None and not runner.is_running
+        folder = None if self.out is None else self.folder(job) / "adapter"
+        saved = folder is not None and folder.is_dir() and not runner.is_running
         return JobResult(
             name=job.name,
             status=state.status,
@@ -250,14 +252,14 @@ class Trainer:
             tokens=state.tokens,
             seconds=state.seconds,
             tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-            adapter=str(self.folder(job) / "adapter") if saved else None,
+            adapter=str(folder) if saved else None,
         )
 
     # --- Around the loop --------------------------------------------------------------------------
 
     @contextmanager
     def _training_mode(self) -> Iterator[None]:
-        """Training mode, logits where there are labels, activation checkpointing if asked for; all undone at the end."""
+        """Training mode, logits only at labels, activation checkpointing if asked for; all undone at the end."""
         before, active = self.model.training, self.handle.dispatch.active
         with ExitStack() as stack:
             stack.enter_context(self.forward.hooked())

@@ -1,0 +1,105 @@
+"""Peak memory of a training step above the loaded base: every variant in a process of its own.
+
+Why processes: an allocator keeps what one variant freed, and the next one would find it. Counted from the loaded base,
+so that rows, gradients and optimizer moments of the adapter are part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from loramux.bench.progress import Begin
+from loramux.bench.shape import FULL, QUICK, Effort
+from loramux.bench.stats import median_interval, verdict
+from loramux.bench.table import TARGETS, Row
+
+STEPS = 2
+STATUS = Path("/proc/self/status")
+
+
+def memory_rows(effort: Effort, folder: str | None, begin: Begin) -> list[Row]:
+    from loramux.bench import train as t
+
+    if not STATUS.exists():
+        return []  # only Linux says how much memory a process has held at most
+    kinds = [t.PEFT, t.LORA, t.MILORA, t.MIXLORA]
+    kinds += [kind + t.CHECKPOINTED for kind in (t.PEFT, t.MIXLORA)]
+    advance = begin("peak memory", len(kinds) * effort.memory_runs)
+    peaks: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(effort.memory_runs):
+        for kind in kinds:
+            peaks[kind].append(_in_a_process(kind, effort, folder))
+            advance()
+    rows = []
+    for kind in kinds:
+        reference = t.PEFT + (t.CHECKPOINTED if kind.endswith(t.CHECKPOINTED) else "")
+        if kind != reference:
+            target = TARGETS["mixlora memory/peft"] if kind == t.MIXLORA else None
+            rows.append(_row(peaks, kind, reference, target, effort.train_batch))
+    return rows
+
+
+def _row(
+    peaks: dict[str, list[float]], kind: str, reference: str, target: float | None, batch: int
+) -> Row:
+    from loramux.bench.train import CHECKPOINTED, TITLES
+
+    def title(name: str) -> str:
+        plain = TITLES[name.removesuffix(CHECKPOINTED)]
+        return plain + (", gradient checkpointing" if name.endswith(CHECKPOINTED) else "")
+
+    found = median_interval([a / b for a, b in zip(peaks[kind], peaks[reference], strict=True)])
+    extra = {
+        "mb": round(median_interval(peaks[kind]).value, 1),
+        "reference_mb": round(median_interval(peaks[reference]).value, 1),
+        "rounds": len(peaks[kind]),
+    }
+    return Row(
+        "training memory", title(kind), title(reference), batch, 1, found, target,
+        verdict(found, target), True, extra,
+    )  # fmt: skip
+
+
+def _in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
+    """MB at the peak, above the loaded base."""
+    command = [sys.executable, "-m", "loramux.bench.memory", kind, "1" if effort.is_quick else "0"]
+    done = subprocess.run(
+        [*command, *([folder] if folder else [])],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {kind} failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["mb"])
+
+
+def _measure(kind: str, effort: Effort, folder: str | None) -> dict[str, Any]:
+    import peft  # noqa: F401  # before the first reading: code is not what is measured
+
+    from loramux.bench.shape import build_base, one_thread
+    from loramux.bench.train import Trainer, attach_for_training, make_batch
+
+    with one_thread():
+        base = build_base(effort.shape, folder)
+        batch = make_batch(effort, base.config.vocab_size)
+        before = _kib("VmRSS")
+        trainer = Trainer(attach_for_training(base, kind), batch)
+        seconds = [trainer() for _ in range(STEPS)]
+    return {"mb": (_kib("VmHWM") - before) * 1024 / 1e6, "seconds": seconds}
+
+
+def _kib(field: str) -> int:
+    lines = STATUS.read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+if __name__ == "__main__":
+    chosen = QUICK if sys.argv[2] == "1" else FULL
+    sys.stdout.write(json.dumps(_measure(sys.argv[1], chosen, *(sys.argv[3:] or [None]))) + "\n")
