@@ -4,7 +4,11 @@ Why here: the environment must be set before torch or transformers are imported 
 """
 
 import os
+import tempfile
 
+# Digests and models cached by tests must not land among the user's.
+_CACHE = tempfile.TemporaryDirectory(prefix="loramux-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -49,9 +49,19 @@ class Handle(Attachment):
         self.put(adapter)
         return adapter
 
-    def save(self, folder: str | os.PathLike[str], name: str | None = None) -> Path:
-        """Write one adapter: a PEFT folder if it is static, else a mixture folder with one PEFT folder per expert."""
-        return persist.write_adapter(self.model, self._named(name), Path(folder))
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        layout: Literal["own", "mixlora"] = "own",
+    ) -> Path:
+        """Write one adapter: a PEFT folder if it is static, else a mixture folder with one PEFT folder per expert.
+
+        layout="mixlora" writes a MixLoRA under the published key names instead.
+        """
+        write = persist.write_published_mixlora if layout == "mixlora" else persist.write_adapter
+        return write(self.model, self._named(name), Path(folder))
 
     def trainable_parameters(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """Name -> parameter of one adapter, in declared order."""

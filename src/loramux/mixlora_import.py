@@ -31,21 +31,31 @@ SAME_NAME = (
     "expert_capacity",
     "sparse_step",
     "router_aux_loss_coef",
+    "router_z_loss_coef",
     "router_init_range",
     "jitter_noise",
 )
+# `expert_lora` may differ from the whole in these two; the other fields it may name must agree.
+OF_EXPERTS = {"r": "expert_r", "lora_alpha": "expert_alpha"}
 
 
 def mixlora_adapter(
-    sites: Sequence[Site], config: Mapping[str, Any], tensors: MixLoraTensors, name: str
+    sites: Sequence[Site],
+    config: Mapping[str, Any],
+    tensors: MixLoraTensors,
+    name: str,
+    activation: str | None = None,
 ) -> Adapter:
-    """Check the tensors against the model's sites and stack the experts; routes as the published code does."""
+    """Check the tensors against the model's sites and stack the experts; routes as the published code does.
+
+    `activation` is the model's own: the experts run inside its FFN, so a file that names another is refused.
+    """
+    _check_settings(config, activation)
     own = MixLoRAConfig(
         **{key: config[key] for key in SAME_NAME if config.get(key) is not None},
         target_modules=(*tensors.attention, *tensors.ffn),
         aux_form="code",
-        expert_r=expert_setting(config, "r"),
-        expert_alpha=expert_setting(config, "lora_alpha"),
+        **{ours: expert_setting(config, theirs) for theirs, ours in OF_EXPERTS.items()},
         published_parity=config["routing_strategy"] == "mixlora-dynamic",
     )
     experts = {**{path: [t] for path, t in tensors.attention.items()}, **tensors.ffn}
@@ -64,6 +74,23 @@ def mixlora_adapter(
             )
         router.weight = torch.nn.Parameter(gate.float().clone())
     return Adapter(name, method, found, rows, routers)
+
+
+def _check_settings(config: Mapping[str, Any], activation: str | None) -> None:
+    wanted = config.get("act_fn")
+    if wanted is not None and activation is not None and wanted != activation:
+        raise FormatError(
+            f"the mixture's experts use act_fn {wanted!r}, the model's FFN uses {activation!r}; load it on a base with "
+            "that activation"
+        )
+    for field in ("lora_dropout", "use_dora", "use_rslora"):
+        if expert_setting(config, field) != config[field]:
+            raise FormatError(
+                f"expert_lora sets {field} to {expert_setting(config, field)!r} and the whole to {config[field]!r}; "
+                "only r and lora_alpha may differ"
+            )
+    if config.get("ffn_dropout"):
+        raise FormatError("ffn_dropout is not supported; set it to 0 in adapter_config.json")
 
 
 def _matching(sites: Sequence[Site], experts: Mapping[str, list[SiteTensors]]) -> dict[str, Site]:
@@ -129,4 +156,14 @@ def mixlora_config(adapter: Adapter, base_name: str = "") -> dict[str, Any]:
         "target_modules": targets,
         "act_fn": None,
         **{key: values[key] for key in SAME_NAME},
+        "router_aux_loss_coef": _published_coefficient(own),
+        "expert_lora": {
+            theirs: values[ours] for theirs, ours in OF_EXPERTS.items() if values[ours] is not None
+        },
     }
+
+
+def _published_coefficient(config: MixLoRAConfig) -> float:
+    """The published loss is top_k when balanced, ours 1: the coefficient that weighs the same."""
+    assert config.router_aux_loss_coef is not None
+    return config.router_aux_loss_coef / (1 if config.aux_form == "code" else config.top_k)

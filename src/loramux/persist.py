@@ -23,7 +23,7 @@ from loramux.core.types import Site
 from loramux.formats.digest import base_digest, model_digest
 from loramux.formats.errors import FormatError
 from loramux.formats.jsonio import read_json_object
-from loramux.formats.mixlora import read_mixlora
+from loramux.formats.mixlora import read_mixlora, write_mixlora
 from loramux.formats.mixture import MixtureTensors, is_mixture, read_mixture, write_mixture
 from loramux.formats.peft import peft_config, read_peft, write_peft
 from loramux.formats.scaling import site_scaling, target_names, uneven
@@ -31,7 +31,7 @@ from loramux.formats.tensors import AdapterTensors, SiteTensors, zero_sites
 from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
 from loramux.methods.mole import expert_names
-from loramux.mixlora_import import mixlora_adapter
+from loramux.mixlora_import import mixlora_adapter, mixlora_config, mixlora_tensors
 from loramux.ops.contract import Spans
 
 log = logging.getLogger(__name__)
@@ -51,9 +51,12 @@ def read_adapter(
     if not folder.is_dir():
         raise FormatError(f"{folder} is not a folder; give the folder an adapter was saved to")
     if is_mixture(folder):
-        adapter = _from_mixture(model, sites, read_mixture(folder), name, check_base)
+        saved = read_mixture(folder, allow_zero=trainable)
+        adapter = _from_mixture(model, sites, saved, name, check_base)
     elif _peft_type(folder) == "MIXLORA":
-        adapter = mixlora_adapter(sites, *read_mixlora(folder), name)
+        config, published = read_mixlora(folder, allow_zero=trainable)
+        activation = getattr(getattr(model, "config", None), "hidden_act", None)
+        adapter = mixlora_adapter(sites, config, published, name, activation)
     else:
         tensors = read_peft(folder, allow_zero=trainable)
         for path in zero_sites(tensors) if not trainable else ():
@@ -251,6 +254,15 @@ def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         experts=experts,
         router={k: p.detach().contiguous() for k, p in adapter.routers_by_key.named_parameters()},
     )
+    return folder
+
+
+def write_published_mixlora(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
+    """Save a MixLoRA in the published layout (safetensors). Only for models whose layers are `model.layers`."""
+    if adapter.method.name != "mixlora":
+        raise ValueError(f"{adapter.name!r} is a {adapter.method.title}; the layout is for MixLoRA")
+    config = mixlora_config(adapter, getattr(model, "name_or_path", "") or "")
+    write_mixlora(folder, config, mixlora_tensors(adapter, config))
     return folder
 
 
