@@ -1,7 +1,7 @@
 """An attached model trains unchanged under other people's loops, and all of them see the same losses as ours.
 
-Why 50 steps: a router loss that is scaled wrongly, or does not reach the gradient at all, shows after a few updates. All
-loops get the same ready-made micro-batches; what is compared is the loss of every step, router loss included.
+Why 50 steps: a router loss that is scaled wrongly, or does not reach the gradient at all, shows after a few updates.
+All loops get the same ready-made micro-batches; what is compared is the loss of every step, router loss included.
 """
 
 from collections.abc import Callable

@@ -59,7 +59,7 @@ def run(out: Path, *listeners: Listener) -> None:
         name="a",
     )
     training = TrainingConfig(
-        steps=14,
+        steps=10,
         learning_rate=1e-2,
         micro_batch_size=4,
         gradient_accumulation_steps=2,
