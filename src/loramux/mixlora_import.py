@@ -14,7 +14,7 @@ from loramux.formats.errors import FormatError
 from loramux.formats.mixlora_config import expert_setting
 from loramux.formats.mixlora_tensors import MixLoraTensors
 from loramux.formats.tensors import SiteTensors
-from loramux.methods.mixlora import MixLoRAConfig, MixLoRAMethod
+from loramux.methods.mixlora import MixLoRAConfig, MixLoRAMethod, TokenRouter
 from loramux.ops.contract import Spans
 
 SAME_NAME = (
@@ -67,10 +67,16 @@ def mixlora_adapter(
     routers = method.routers(chosen)
     layer_of = {site.block: site.layer for site in chosen}
     for block, router in routers.items():
+        assert isinstance(router, TokenRouter)
         gate = tensors.gates.get(layer_of[block])
         if gate is None:
             raise FormatError(
                 f"there is no moe_gate for layer {layer_of[block]}, but it has experts"
+            )
+        if gate.shape != router.weight.shape:
+            raise FormatError(
+                f"the moe_gate of layer {layer_of[block]} is {tuple(gate.shape)}, this model's FFN needs "
+                f"{tuple(router.weight.shape)}; the mixture was trained on another base"
             )
         router.weight = torch.nn.Parameter(gate.float().clone())
     return Adapter(name, method, found, rows, routers)

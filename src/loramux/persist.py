@@ -160,6 +160,7 @@ def _from_mixture(
         check_base_digest(model, saved.base_digest, saved.base_name)
     config = config_from_dict({"name": saved.method, **saved.config})
     method = load_method(saved.method)(config)
+    _check_order(method, list(saved.experts))
     if method.needs_adapters:
         adapter = gate(sites, method, saved.experts, name)
     else:
@@ -177,6 +178,18 @@ def _from_mixture(
     adapter.saved_configs = {key: e.config for key, e in saved.experts.items()}
     _load_router(adapter, saved.router)
     return adapter
+
+
+def _check_order(method: Method, names: list[str]) -> None:
+    """A router is trained for one order of its experts: in another it would weigh the wrong ones."""
+    gated = method.needs_adapters
+    expected = getattr(method.config, "adapters", ()) if gated else sorted(names, key=_slot_order)
+    if names != list(expected):
+        raise FormatError(
+            f"the mixture lists its experts as {names}, its router was trained with the order {list(expected)}; "
+            "restore mixture_config.json",
+            code="bad_value",
+        )
 
 
 def _load_router(adapter: Adapter, router: Mapping[str, Tensor]) -> None:

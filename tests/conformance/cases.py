@@ -103,6 +103,19 @@ def first_variants() -> list[Variant]:
     return list(found.values())
 
 
+def crossed(*families: str) -> list[tuple[Variant, str]]:
+    """Every variant on Llama, and one of each method on the other families: for parametrize."""
+    return [
+        *((variant, "llama") for variant in every_variant()),
+        *((variant, family) for family in families for variant in first_variants()),
+    ]
+
+
+def named(value: object) -> str:
+    """Test ids for variants and families."""
+    return str(getattr(value, "name", value))
+
+
 class Maker:
     """Builds handles for variants; keeps the folders of adapters that gates need."""
 
@@ -242,3 +255,24 @@ LABELS = torch.where(
 def logits_of(model: nn.Module, **inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return model(**{"input_ids": IDS, "attention_mask": MASK, **inputs}).logits
+
+
+def trace(model: nn.Module) -> dict[str, Any]:
+    """Everything `attach` could leave behind, by identity."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
+    return {
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "forwards": [name for name, module in model.named_modules() if "forward" in vars(module)],
+        "hooks": {
+            name: [len(getattr(module, kind)) for kind in hooks]
+            for name, module in model.named_modules()
+        },
+        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "parameters": {name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+        "checkpointing": {
+            name: getattr(module, "_gradient_checkpointing_func", None)
+            for name, module in model.named_modules()
+        },
+        "training": {name: module.training for name, module in model.named_modules()},
+        "keys": list(model.state_dict()),
+    }

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import loramux
 from conformance.cases import Maker, Request, every_variant, packed, padded, random_requests
+from methods.bridge import build_double
 from pico import build_pico
 
 TOLERANCE = 1e-5  # times the largest logit: BLAS picks other kernels for other batch sizes
@@ -95,7 +96,7 @@ def test_left_padding_reaches_no_router_with_either_attention(make: Maker, atten
 
 def test_gradients_of_a_request_do_not_see_its_neighbours(make: Maker):
     """Sums over requests of each adapter's loss: in one batch as one by one, in double precision."""
-    model = build_pico("llama", dtype=torch.float64)
+    model = build_double()
     handle = make.attach_all(model, every_variant())
     for adapter in handle.adapters.values():
         adapter.double()

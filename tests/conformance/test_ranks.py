@@ -77,7 +77,7 @@ def test_dropping_ranks_whose_b_is_zero_computes_the_same(make: Maker, variant: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fresh_ranks_compute_the_same_until_they_are_trained(make: Maker, variant: Variant):
-    model, handle, banks = attached(make, variant)
+    model, _, banks = attached(make, variant)
     expected = logits_of(model)
     for rows in banks:
         for slot in slots(rows):

@@ -13,9 +13,11 @@ from conformance.cases import (
     MASK,
     Maker,
     Variant,
+    crossed,
     every_variant,
     first_variants,
     logits_of,
+    named,
     variants_of,
 )
 from pico import build_pico
@@ -41,8 +43,7 @@ def step(model: nn.Module, backward: Callable[[Tensor], None] = torch.Tensor.bac
 # -- ownership -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-@pytest.mark.parametrize("variant", every_variant(), ids=lambda v: v.name)
+@pytest.mark.parametrize(("variant", "family"), crossed("phi3", "gpt2"), ids=named)
 def test_the_base_gets_no_gradient_and_the_routers_and_some_rows_do(
     make: Maker, variant: Variant, family: str
 ):
@@ -110,8 +111,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(make: Maker, 
     assert any(not torch.equal(once[name], other[name]) for name in once)
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
-@pytest.mark.parametrize("variant", every_variant(), ids=lambda v: v.name)
+@pytest.mark.parametrize(("variant", "family"), crossed("phi3", "gpt2"), ids=named)
 def test_sites_and_parameters_come_in_the_order_of_the_model(
     make: Maker, variant: Variant, family: str
 ):
@@ -135,8 +135,7 @@ def test_adapters_are_listed_in_the_order_they_were_added(make: Maker):
 # -- activation checkpointing --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("variant", every_variant(), ids=lambda v: v.name)
+@pytest.mark.parametrize(("variant", "family"), crossed("gpt2"), ids=named)
 def test_gradient_checkpointing_gives_the_same_loss_and_gradients(
     make: Maker, variant: Variant, family: str
 ):

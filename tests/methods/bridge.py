@@ -103,7 +103,8 @@ def copy_milora(handle: loramux.Handle, params: milora.Params, modules: Sequence
     assert routers.keys() == params.routers.keys()
     for path, router in routers.items():
         theirs = params.routers[path]
-        router.query.data = theirs.W_sa.clone()
+        if router.query is not None:
+            router.query.data = theirs.W_sa.clone()
         router.weight.data = theirs.W_r[:, columns(router, modules)].clone()
         router.activation.numerator.data = theirs.a.clone()
         router.activation.denominator.data = theirs.b.clone()
@@ -116,7 +117,7 @@ def milora_params(handle: loramux.Handle, modules: Sequence[str]) -> milora.Para
         lora_params(handle),
         {
             path: milora.Router(
-                r.query,
+                r.query if r.query is not None else torch.zeros(r.weight.shape[0]),
                 r.weight[:, torch.tensor(columns(r, modules)).argsort()],
                 r.activation.numerator,
                 r.activation.denominator,

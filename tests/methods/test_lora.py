@@ -167,7 +167,5 @@ def test_rank_80_on_all_seven_projections_of_llama_2_7b_counts_199_884_800():
         loramux.Site(f"l.0.{i}", str(i), 0, "l.0", "l.0", "other", "plain", *shape, d)
         for i, shape in enumerate(shapes)
     ]
-    count = sum(
-        e.rank * (site.d_in + site.d_out) for site in sites for e in method.experts(site)
-    )
+    count = sum(e.rank * (site.d_in + site.d_out) for site in sites for e in method.experts(site))
     assert 32 * count == 199_884_800

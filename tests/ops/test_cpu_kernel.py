@@ -186,6 +186,25 @@ def test_two_threads_give_the_bits_of_one(compiled: str, dtype: torch.dtype) -> 
     assert torch.equal(found[1], found[3]) and torch.equal(found[1], found[5])
 
 
+def test_padding_looks_up_no_slot(compiled: str) -> None:
+    case = random_case(1, num_pairs=9, dtype=torch.float32)
+    case.pairs.slot[::2] = -1
+    want = exact(case)
+    # What lies before the tables looks like a slot: padding must not be taken for it.
+    tables = [torch.cat([column[3:], column]) for column in case.spans.table]
+    case.spans.__dict__["table"] = tuple(table[1:] for table in tables)
+    assert_close(cpu.apply(*case.args()), want)
+
+
+def test_a_nan_with_every_bit_set_stays_a_nan(compiled: str) -> None:
+    nan = torch.tensor([[0x7FFFFFFF]], dtype=torch.int32).view(torch.float32)
+    one = torch.ones(1, 1)
+    index = torch.zeros(1, dtype=torch.int32)
+    pairs = Pairs(index, index, index, torch.ones(1), 1, 1)
+    y, x = torch.zeros(1, 1).bfloat16(), one.bfloat16()
+    assert bool(cpu.apply(y, x, one, nan, Spans.packed([1], [1.0]), pairs).isnan())
+
+
 def test_rounding_is_to_nearest_even_and_keeps_nan_and_infinity(compiled: str) -> None:
     values = torch.tensor(
         [

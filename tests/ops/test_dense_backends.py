@@ -104,14 +104,21 @@ def test_nothing_but_padding_leaves_y_bit_identical(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOSE)
 def test_unowned_rank_rows_are_never_read(name: str) -> None:
-    spans = Spans((4, 0), (2, 3), (1.0, 2.0))  # rows 3, 6 and 7 belong to nobody
+    spans = Spans((4, 0), (2, 3), (2.0, 2.0))  # rows 3, 6 and 7 are nobody's
     case = random_case(4, ranks=(8,), num_pairs=9)
     case.spans = spans
     case.pairs.slot = torch.tensor([0, 1, -1] * 3, dtype=torch.int32)
     want = exact(case)
-    case.a[[3, 6, 7]] = 0.0
+    case.a[[3, 6, 7]] = 1.0
     case.b[[3, 6, 7]] = 1e30
     assert_close(BACKENDS[name](*case.args()), want)
+
+
+@pytest.mark.parametrize("name", LOOSE)
+def test_equal_indices_of_unequal_sides_are_not_one_side(name: str) -> None:
+    case = random_case(4, num_src=3, num_dst=2, num_pairs=2)
+    case.pairs.src = case.pairs.dst = torch.tensor([1, 0], dtype=torch.int32)
+    assert_close(BACKENDS[name](*case.args()), exact(case))
 
 
 def test_a_mask_made_without_gradients_is_not_reused_where_they_are_wanted() -> None:

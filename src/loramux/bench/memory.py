@@ -10,11 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from loramux.bench.progress import Begin
-from loramux.bench.shape import FULL, QUICK, Effort
+from loramux.bench.shape import Effort, Shape
 from loramux.bench.stats import median_interval, verdict
 from loramux.bench.table import TARGETS, Row
 
@@ -25,7 +26,7 @@ STATUS = Path("/proc/self/status")
 def memory_rows(effort: Effort, folder: str | None, begin: Begin) -> list[Row]:
     from loramux.bench import train as t
 
-    if not STATUS.exists():
+    if not STATUS.exists() or not effort.memory_runs:
         return []  # only Linux says how much memory a process has held at most
     kinds = [t.PEFT, t.LORA, t.MILORA, t.MIXLORA]
     kinds += [kind + t.CHECKPOINTED for kind in (t.PEFT, t.MIXLORA)]
@@ -67,9 +68,9 @@ def _row(
 
 def _in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
     """MB at the peak, above the loaded base."""
-    command = [sys.executable, "-m", "loramux.bench.memory", kind, "1" if effort.is_quick else "0"]
+    work = json.dumps({"kind": kind, "effort": asdict(effort), "folder": folder})
     done = subprocess.run(
-        [*command, *([folder] if folder else [])],
+        [sys.executable, "-m", "loramux.bench.memory", work],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -80,7 +81,8 @@ def _in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["mb"])
 
 
-def _measure(kind: str, effort: Effort, folder: str | None) -> dict[str, Any]:
+def measure(kind: str, effort: Effort, folder: str | None) -> float:
+    """MB that this process holds at the peak of a few steps, above the loaded base."""
     import peft  # noqa: F401  # before the first reading: code is not what is measured
 
     from loramux.bench.shape import build_base, one_thread
@@ -91,8 +93,9 @@ def _measure(kind: str, effort: Effort, folder: str | None) -> dict[str, Any]:
         batch = make_batch(effort, base.config.vocab_size)
         before = _kib("VmRSS")
         trainer = Trainer(attach_for_training(base, kind), batch)
-        seconds = [trainer() for _ in range(STEPS)]
-    return {"mb": (_kib("VmHWM") - before) * 1024 / 1e6, "seconds": seconds}
+        for _ in range(STEPS):
+            trainer.step()
+    return (_kib("VmHWM") - before) * 1024 / 1e6
 
 
 def _kib(field: str) -> int:
@@ -100,6 +103,12 @@ def _kib(field: str) -> int:
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
+def _main(work: dict[str, Any]) -> None:
+    shape = Shape(**work["effort"].pop("shape"))
+    effort = Effort(shape=shape, **work["effort"])
+    megabytes = measure(work["kind"], effort, work["folder"])
+    sys.stdout.write(json.dumps({"mb": megabytes}) + "\n")
+
+
 if __name__ == "__main__":
-    chosen = QUICK if sys.argv[2] == "1" else FULL
-    sys.stdout.write(json.dumps(_measure(sys.argv[1], chosen, *(sys.argv[3:] or [None]))) + "\n")
+    _main(json.loads(sys.argv[1]))

@@ -13,6 +13,7 @@ COLOURS = {
     "missed": "#d55e00",
     "open": "#e69f00",
     "control": "#7f7f7f",
+    "quick": "#56b4e9",
     "": "#0072b2",
 }
 MEANING = {
@@ -20,6 +21,7 @@ MEANING = {
     "missed": "target missed",
     "open": "not settled",
     "control": "control",
+    "quick": "quick run, not a measurement",
     "": "no target",
 }
 

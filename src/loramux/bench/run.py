@@ -53,10 +53,15 @@ def _result(
         "quick": effort.is_quick,
         "base": folder or f"random weights, {effort.shape.name}",
         "rounds": effort.decode_rounds if what == "decode" else effort.train_rounds,
-        "rows": [row.to_dict() for row in rows],
+        "rows": [_as_said(row.to_dict(), effort.is_quick) for row in rows],
         "absent": absent,
         "machine": describe_machine(choices, THREADS),
     }
+
+
+def _as_said(row: dict[str, Any], is_quick: bool) -> dict[str, Any]:
+    """A quick run settles nothing, and its rows say so."""
+    return {**row, "verdict": "quick", "resolved": False} if is_quick else row
 
 
 Measured = tuple[list[Row], dict[str, str], dict[str, str]]
@@ -65,9 +70,9 @@ Measured = tuple[list[Row], dict[str, str], dict[str, str]]
 def _decode(effort: Effort, folder: str | None, begin: Begin) -> Measured:
     from loramux import handle_of
     from loramux.bench.adapters import save_adapters
-    from loramux.bench.decode import decode_rows
+    from loramux.bench.decode import close_rows, decode_rows
     from loramux.bench.load import load_rows
-    from loramux.bench.subjects import TITLES, line_up
+    from loramux.bench.subjects import TITLES, close_lineup, line_up
 
     base = build_base(effort.shape, folder)
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as scratch:
@@ -77,6 +82,7 @@ def _decode(effort: Effort, folder: str | None, begin: Begin) -> Measured:
         handles = [h for h in map(handle_of, lineup.models.values()) if h is not None]
         choices = {k: v for handle in handles for k, v in handle.dispatch.choices.items()}
         lineup.models.clear()
+        rows += close_rows(close_lineup(base, folders), effort, base.config.vocab_size, begin)
         rows += load_rows(base, folders.lora, effort, begin)
     return rows, lineup.absent, choices
 

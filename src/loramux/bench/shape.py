@@ -1,7 +1,7 @@
 """What is timed: the shape of the base, how often, and the base itself with random weights or from a folder.
 
 Why random weights: speed does not depend on them, and no download is needed. Every variant gets its own copy of the
-weights, as it would have in a process of its own; what the place in memory alone makes of it, the control shows.
+weights, as it would have in a process of its own; what the place in memory makes of it, the control shows.
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ SMALL = Shape(
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. Rounds are paired; a decode round is `steps` steps after one that is not timed."""
+    """How much is measured. Rounds are paired; a decode round is `steps` steps after one that is not timed.
+
+    close_rounds: rounds of single steps for the pair that differs by about a percent, see decode.close_rows.
+    """
 
     shape: Shape
     decode_rounds: int
+    close_rounds: int
     load_rounds: int
     train_rounds: int
     memory_runs: int
@@ -52,10 +56,13 @@ class Effort:
     train_length: int = 128
 
 
-FULL = Effort(SMOL, decode_rounds=60, load_rounds=30, train_rounds=30, memory_runs=3)
+FULL = Effort(
+    SMOL, decode_rounds=60, close_rounds=1000, load_rounds=30, train_rounds=30, memory_runs=3
+)
 QUICK = Effort(
     SMALL,
     decode_rounds=7,
+    close_rounds=20,
     load_rounds=3,
     train_rounds=3,
     memory_runs=1,
@@ -92,6 +99,11 @@ def build_base(shape: Shape, folder: str | None = None, seed: int = 0) -> PreTra
 def copy_of(model: PreTrainedModel) -> Any:
     """The same weights in other memory."""
     return copy.deepcopy(model)
+
+
+def twin_of(model: PreTrainedModel) -> Any:
+    """Another model over the very same weights."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 import loramux
 from loramux.bench.adapters import Folders
-from loramux.bench.shape import copy_of
+from loramux.bench.shape import copy_of, twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,8 +72,17 @@ def line_up(base: PreTrainedModel, folders: Folders, advance: Callable[[], None]
     return Lineup(models, absent)
 
 
+def close_lineup(base: PreTrainedModel, folders: Folders) -> dict[str, Any]:
+    """Models over one set of base weights: what differs is only what the adapter makes of them."""
+    of = {LORA: folders.lora, LORA_COPY: folders.lora, MILORA: folders.milora}
+    return {name: _attached(twin_of(base), folder) for name, folder in of.items()}
+
+
 def _ours(base: PreTrainedModel, folder: Any) -> Any:
-    model = copy_of(base)
+    return _attached(copy_of(base), folder)
+
+
+def _attached(model: Any, folder: Any) -> Any:
     loramux.load(model, folder)
     return model
 

@@ -172,8 +172,10 @@ class Attachment:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dispatch = self.dispatch
-        dispatch.depth += 1
-        if dispatch.depth > 1:
+        if module is self.model or module in dispatch.entered:
+            dispatch.entered.clear()  # left open by an interrupt, which runs no hooks
+        dispatch.entered.append(module)
+        if len(dispatch.entered) > 1:
             return None
         call = call_by_name(module, args, kwargs)
         masks = [name for name in ("prompt_mask", "segment_ids") if name in kwargs]
@@ -188,8 +190,9 @@ class Attachment:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         dispatch = self.dispatch
-        dispatch.depth = max(dispatch.depth - 1, 0)
-        if dispatch.depth > 0:
+        if dispatch.entered:
+            dispatch.entered.pop()
+        if dispatch.entered:
             return None
         state = dispatch.state
         dispatch.close(getattr(output, "past_key_values", None))
@@ -212,6 +215,9 @@ class Attachment:
         self._hooked.add(path)
 
         def arrived(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = self.dispatch.state
+            if state is None or state.is_settled:
+                return
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
             if x is None:
                 raise ValueError(f"{path} was called without hidden states; its router cannot run")
@@ -227,9 +233,9 @@ class Attachment:
             if isinstance(original, _Bound):
                 continue
             reentrant = getattr(original, "keywords", {}).get("use_reentrant", False)
-            if reentrant and any(a.routes_on_prompt for a in self.adapters.values()):
+            if reentrant and any(a.routers for a in self.adapters.values()):
                 raise ValueError(
-                    "routes decided at a layer's input cannot pass through re-entrant checkpointing; use "
+                    "routers and their losses get no gradient through re-entrant checkpointing; use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
             layer._gradient_checkpointing_func = _Bound(original, self.dispatch)  # type: ignore[assignment]

@@ -44,9 +44,9 @@ def read_batch(
         raise ValueError("the model was called without input_ids or inputs_embeds")
     b, t = tokens.shape[:2]
     device = tokens.device
-    valid_BT = _valid(call.get("attention_mask"), b, t, device)
     past = call.get("past_key_values")
     past_length = int(past.get_seq_length()) if past is not None else 0
+    valid_BT = _valid(call.get("attention_mask"), b, t, past_length, device)
     row_BT = torch.arange(b, device=device).unsqueeze(1).expand(b, t)
     if segment_ids is None and past_length == 0:
         segment_ids = _segments_from_positions(call, t)
@@ -72,10 +72,17 @@ def read_batch(
     return Batch((b, t), request_N, prompt_N, valid_N, num_requests, past_length, device)
 
 
-def _valid(mask: Any, b: int, t: int, device: torch.device) -> Tensor:
-    """Real tokens, from a two-dimensional mask (its last T columns: earlier ones are in the cache)."""
+def _valid(mask: Any, b: int, t: int, past_length: int, device: torch.device) -> Tensor:
+    """Real tokens, from a two-dimensional mask (its last T columns: earlier ones are in the cache) or a full one."""
+    if isinstance(mask, Mapping):  # one per kind of attention
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     if torch.is_tensor(mask) and mask.dim() == 2:
         return mask[:, -t:].to(device).bool()
+    if torch.is_tensor(mask) and mask.dim() == 4 and past_length == 0:
+        # The model's causal mask, ready made: a token is real if it may look at itself.
+        own = mask[:, 0].to(device).diagonal(dim1=1, dim2=2)[:, :t]
+        real = own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2
+        return real.expand(b, t)
     return torch.ones(b, t, dtype=torch.bool, device=device)
 
 

@@ -36,7 +36,7 @@ class Dispatch:
         self.adapters: dict[str, Adapter] = {}
         self.state: State | None = None
         self.last: State | None = None
-        self.depth = 0
+        self.entered: list[nn.Module] = []  # the model and its body, while they run
         self.active: str | None = None
         self.rows: Sequence[str | None] | None = (
             None  # adapter of each request, inside handle.batch
@@ -50,14 +50,20 @@ class Dispatch:
 
     def open(self, call: dict[str, Any], training: bool) -> None:
         """Start a forward pass; `call` holds the model's arguments by name."""
+        marked = call.get("prompt_mask")
         batch = read_batch(call, self._mask("prompt_mask", call), self._mask("segment_ids", call))
         names = self._names(batch)
         present = [a for a in self.adapters.values() if a.name in names]
-        needs_store = any(a.routes_on_prompt for a in present)
+        by_prompt = [a.name for a in present if a.routes_on_prompt]
+        if by_prompt and batch.past_length > 0 and marked is not None and bool(marked.any()):
+            raise ValueError(
+                f"adapters {by_prompt} route on the whole prompt, so it cannot come in chunks; "
+                "give all prompt tokens in one call"
+            )
         keeps = not (
             training and torch.is_grad_enabled()
         )  # a step of training is followed by no decoding
-        store = self._store(call.get("past_key_values"), batch, needs_store, keeps)
+        store = self._store(call.get("past_key_values"), batch, names, by_prompt, keeps)
         # Decode steps of one shape share their plans: what is fixed for a request is lowered once.
         key = (batch.lead, tuple(names), torch.is_grad_enabled())
         decoding = batch.past_length > 0 and keeps
@@ -88,7 +94,15 @@ class Dispatch:
 
     def _mask(self, name: str, call: dict[str, Any]) -> Tensor | None:
         given: Tensor | None = call.pop(name, None)
-        return given if given is not None else self.masks.get(name)
+        if given is not None:
+            return given
+        mask = self.masks.get(name)
+        if mask is None or name != "prompt_mask" or self.generation is None:
+            return mask
+        # Inside generate a prompt is several rows (beams), and without a cache its answer follows it.
+        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        times, longer = tokens.shape[0] // mask.shape[0], tokens.shape[1] - mask.shape[1]
+        return nn.functional.pad(mask.repeat_interleave(times, dim=0), (0, max(longer, 0)))
 
     def _names(self, batch: Batch) -> list[str | None]:
         """The adapter of every request."""
@@ -112,24 +126,38 @@ class Dispatch:
         token_n = mine_Q[batch.request_N].nonzero()[:, 0]
         return Member(adapter, token_n, batch.request_N[token_n], int(token_n.shape[0]))
 
-    def _store(self, cache: Any, batch: Batch, needed: bool, keeps: bool) -> PromptStore:
+    def _store(
+        self,
+        cache: Any,
+        batch: Batch,
+        names: list[str | None],
+        by_prompt: list[str],
+        keeps: bool,
+    ) -> PromptStore:
         store: PromptStore | None = None
         if batch.past_length > 0:
             store = self.stores.get(cache)
         if store is None and self.generation is not None:
             store = self.generation.get("store")
         if store is None:
-            if batch.past_length > 0 and needed:
+            if batch.past_length > 0 and by_prompt:
                 raise ValueError(
                     "this KV cache was not filled through this adapter, so the routes of its prompt are unknown; "
                     "run the whole prompt again, or generate without past_key_values"
                 )
-            store = PromptStore(batch.num_requests)
-        if needed and store.routes and store.num_requests != batch.num_requests:
+            store = PromptStore(batch.num_requests, names)
+        if by_prompt and store.routes and store.num_requests != batch.num_requests:
             raise ValueError(
                 f"the prompt's routes are for {store.num_requests} requests, this call holds {batch.num_requests}; "
                 "continue the same batch"
             )
+        if batch.past_length > 0 or store.routes:
+            for was, now in zip(store.names, names, strict=False):
+                if now in by_prompt and was != now:
+                    raise ValueError(
+                        f"this KV cache was filled under adapter {was!r}, so {now!r} has no routes for its prompt; "
+                        f"run the whole prompt again under {now!r}"
+                    )
         if self.generation is not None:
             self.generation["store"] = store
         if cache is not None and keeps:

@@ -18,6 +18,7 @@ from loramux.core.bank import Rows, dora_gain
 from loramux.core.types import Site
 from loramux.ops import cpu, reference
 from loramux.ops.contract import Pairs, RowMap
+from loramux.ops.cpu_bound import Bound, bind
 from loramux.ops.cpu_structs import SiteState
 from loramux.ops.rows import fold_rows, to_rows
 
@@ -33,6 +34,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.site = site
+        self.path = site.path
         self.dispatch = dispatch
         if type(base_layer) is not nn.Linear or not base_layer.weight.is_floating_point():
             dispatch.unfused.add(site.path)
@@ -62,12 +64,24 @@ class LoraLinear(nn.Module):
         return weight.T if self.site.transposed else weight
 
     def forward(self, x: Tensor) -> Tensor:
+        # The way of a decode step: what could be decided beforehand was, see ops/cpu_bound.py.
+        state = self.dispatch.state
+        plan = None if state is None else state.plans.get(self.path)
+        if plan is not None and plan.bound is not None:
+            y = plan.bound(x)
+            if y is not None:
+                return y
+        return self._planned(x)
+
+    def _planned(self, x: Tensor) -> Tensor:
         plan = self.dispatch.plan(self.site)
         if plan is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
         rows_in = x.reshape(-1, x.shape[-1])
         if plan.backend == "cpu":
             y = self._fused(rows_in, plan)
+            plan.bound = self._bind(plan, tuple(x.shape)) if plan.is_used else None
+            plan.is_used = True
         else:
             y = self._base(rows_in, plan.row_map)
             for part in plan.parts:
@@ -157,3 +171,13 @@ class LoraLinear(nn.Module):
         for part in plan.parts[1:]:
             y = cpu.apply(y, x, part.rows.a, part.rows.b, part.rows.spans, part.pairs)
         return y
+
+    def _bind(self, plan: Plan, shape: tuple[int, ...]) -> Bound | None:
+        """The same call with everything looked up; only for one adapter and no FFN rows."""
+        if plan.row_map is not None or len(plan.parts) > 1:
+            return None
+        base = self.base_layer._parameters
+        if not plan.parts:
+            return bind(base, None, None, None, shape)
+        rows, pairs = plan.parts[0].rows, plan.parts[0].pairs
+        return bind(base, rows._parameters, rows.spans, pairs, shape)

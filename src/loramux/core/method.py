@@ -9,7 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -46,6 +46,9 @@ class MethodConfig:
                 object.__setattr__(self, name, tuple(value))
         if self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", self.default_alpha())
+        for name, allowed in _choices(type(self)).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         if not (isinstance(self.r, int) and self.r > 0):
             raise ValueError(f"r must be a positive integer, got {self.r!r}")
         if not 0.0 <= self.lora_dropout < 1.0:
@@ -67,6 +70,12 @@ class MethodConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of every field."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _choices(config_class: type[MethodConfig]) -> dict[str, tuple[object, ...]]:
+    """The fields that take one of a few values, by their Literal annotation."""
+    hints = get_type_hints(config_class)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def _plain(value: Any) -> Any:

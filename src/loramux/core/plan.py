@@ -17,6 +17,7 @@ from loramux.core.adapter import Adapter
 from loramux.core.bank import Rows
 from loramux.core.types import Route, Site
 from loramux.ops.contract import Pairs, RowMap
+from loramux.ops.cpu_bound import Bound
 
 Apply = Callable[..., Tensor]
 
@@ -83,6 +84,8 @@ class Plan:
     row_map: RowMap | None = None
     bias_N: Tensor | None = None
     lead_out: tuple[int, ...] = ()
+    is_used: bool = False
+    bound: Bound | None = None  # the whole call, looked up, for plans that are used again and again
 
 
 def layout_rows(
@@ -151,7 +154,8 @@ def lower(
     if not keep_zeros:
         alive = (weight != 0) & (slot >= 0)
         if not bool(alive.all()):
-            src, dst, slot, weight = src[alive], dst[alive], slot[alive], weight[alive]
+            src = dst = src[alive]
+            slot, weight = slot[alive], weight[alive]
             identity = False
     if src.shape[0] == 0:
         return None
@@ -161,8 +165,11 @@ def lower(
             src, num_src, identity = layout.first_N[src], layout.map.num_rows, False
         elif site.role == "enter":
             dst, num_dst, identity = layout.first_N[dst], layout.map.num_rows, False
+    src_P = src.int()
+    # One object where both are the same rows: a backend sees without comparing that nothing is gathered.
+    dst_P = src_P if dst is src else dst.int()
     return Pairs(
-        src.int(), dst.int(), slot.int(), weight, num_src, num_dst,
+        src_P, dst_P, slot.int(), weight, num_src, num_dst,
         identity=identity, one_slot=0 if spans.num_slots == 1 and route.slot is None else None,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class PromptStore:
     """Routes that were decided on the prompt, kept for as long as its KV cache or generation lives."""
 
     num_requests: int
+    names: list[str | None]  # adapter of every request of the prompt
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     decoding: dict[object, State] = field(default_factory=dict)
 
@@ -45,6 +47,12 @@ class State:
     pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
     step_plans: dict[str, Plan | None] = field(default_factory=dict)
     step_pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
+
+    @cached_property
+    def is_settled(self) -> bool:
+        """Whether no router has to look at what arrives: all of them decided on the prompt."""
+        hooked = [r for m in self.members for _, r in m.adapter.hooked_routers()]
+        return self.prompt_done and all(r.when == "prompt" for r in hooked)
 
     def forget_step(self) -> None:
         """Drop what was lowered from per-token routes: the next step routes anew."""

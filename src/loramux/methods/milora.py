@@ -101,7 +101,8 @@ class PromptRouter(Router):
         self.config = config
         self.column = {site.path: i for i, site in enumerate(sites)}
         self.names = tuple(site.name for site in sites)
-        self.query = nn.Parameter(torch.zeros(d_model))  # w_sa; zero: starts as the masked mean
+        # w_sa; zero: starts as the masked mean. The other poolers have no parameters.
+        self.query = nn.Parameter(torch.zeros(d_model)) if config.pooler == "attention" else None
         self.weight = nn.Parameter(torch.randn(d_model, len(sites)) * config.router_init_range)
         self.activation = Rational() if config.activation == "rational" else None
 
@@ -132,7 +133,8 @@ class PromptRouter(Router):
             last_Q = torch.zeros(view.num_requests, dtype=torch.long, device=x_ND.device)
             last_Q = last_Q.scatter_reduce(0, request_N[prompt_N], place_N[prompt_N], "amax")
             return x_ND[last_Q]
-        score_N = x_ND @ self.query.to(dtype) if kind == "attention" else x_ND.new_zeros(len(x_ND))
+        query = self.query
+        score_N = x_ND.new_zeros(len(x_ND)) if query is None else x_ND @ query.to(dtype)
         share_N = segment_softmax(score_N, request_N, prompt_N, view.num_requests)
         return segment_sum(share_N.unsqueeze(1) * x_ND, request_N, view.num_requests)
 

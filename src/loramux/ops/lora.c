@@ -97,6 +97,7 @@ static void expand(const Call *c, int64_t o, int64_t first, int64_t last, const 
         }
         for (int32_t e = q ? c->begin[d] : 0; q && e < c->begin[d + 1]; e++) {
             int32_t p = c->order[e], slot = q->slot[p];
+            if (slot < 0) continue;
             if (slot != loaded) {
                 const char *b = at(s->b, s->b_type, s->start[slot] * s->d_out + o);
                 for (int32_t i = 0; i < s->rank[slot]; i++) {

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from loramux.core.batch import supervised_share
 from loramux.data import Example, collate
+from loramux.train.attention import fastest_attention
 from loramux.train.events import StepEvent
 from loramux.train.job import Job, JobState
 from loramux.train.loss import SupervisedForward, num_tokens
@@ -45,7 +46,8 @@ class JobRunner:
         self.handle = handle
         self.forward = forward
         self.adapter = handle.adapters[job.name]
-        self.device = next(model.parameters()).device
+        some = next(model.parameters())
+        self.device, self.dtype = some.device, some.dtype
         self.parameters = handle.trainable_parameters(job.name)
         self.optimizer = make_optimizer(self.parameters, job.training)
         rate = job.training.learning_rate
@@ -110,14 +112,20 @@ class JobRunner:
         tokens = 0
         for part in examples:
             batch = self._collate(part)
-            loss_sum, _ = self.forward(batch)
-            loss = loss_sum / total
-            share = supervised_share({"labels": batch["labels"], "num_items_in_batch": total})
-            aux = share * sum(self.handle.aux_losses(self.job.name).values(), loss.new_zeros(()))
-            (loss + aux).backward()
-            sums += torch.stack([loss.detach(), aux.detach()]).to(sums.dtype)
+            with fastest_attention(self.device, self.dtype, batch["input_ids"].shape[1]):
+                loss, aux = self._backward(batch, total)
+            sums += torch.stack([loss, aux]).to(sums.dtype)
             tokens += num_tokens(batch)
         return sums, tokens
+
+    def _backward(self, batch: Mapping[str, Tensor], total: int) -> tuple[Tensor, Tensor]:
+        """(loss, auxiliary loss) of one micro-batch, each its share of a step with `total` supervised tokens."""
+        loss_sum, _ = self.forward(batch)
+        loss = loss_sum / total
+        share = supervised_share({"labels": batch["labels"], "num_items_in_batch": total})
+        aux = share * sum(self.handle.aux_losses(self.job.name).values(), loss.new_zeros(()))
+        (loss + aux).backward()
+        return loss.detach(), aux.detach()
 
     def _micro_batches(self) -> list[list[int]]:
         size = self.job.training.gradient_accumulation_steps
