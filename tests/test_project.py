@@ -25,7 +25,6 @@ LAYERS = {
     "methods": 2,
     "formats": 3,
     "persist": 4,
-    "mixlora_import": 4,
     "api": 4,
     "data": 5,
     "train": 5,

@@ -14,7 +14,7 @@ import loramux
 from loramux.core.types import Site
 from loramux.formats.mixlora import write_mixlora
 from loramux.methods.mixlora import MixLoRAMethod
-from loramux.mixlora_import import mixlora_config, mixlora_tensors
+from loramux.persist.published import mixlora_config, mixlora_tensors
 from methods.bridge import (
     adapter_of,
     close,

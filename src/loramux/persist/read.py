@@ -1,8 +1,4 @@
-"""Adapters between disk and memory: which method a folder holds, and which expert's rows go to which slot.
-
-A static adapter is one PEFT folder. A mixture has one PEFT folder per expert: `expert_<i>` where a site holds several,
-`shared` for the sites that hold one, `lora` where every site holds one; frozen adapters under a gate keep their names.
-"""
+"""Reads a folder into an adapter that fits the model, or refuses it before anything changed."""
 
 from __future__ import annotations
 
@@ -10,32 +6,30 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
-from loramux.core.attach import HOLDER
 from loramux.core.bank import Rows
-from loramux.core.method import Method, MethodConfig
+from loramux.core.method import Method
 from loramux.core.types import Site
-from loramux.formats.digest import base_digest, model_digest
 from loramux.formats.errors import FormatError
 from loramux.formats.jsonio import read_json_object
-from loramux.formats.mixlora import read_mixlora, write_mixlora
-from loramux.formats.mixture import MixtureTensors, is_mixture, read_mixture, write_mixture
-from loramux.formats.peft import peft_config, read_peft, write_peft
-from loramux.formats.scaling import site_scaling, target_names, uneven
-from loramux.formats.tensors import AdapterTensors, SiteTensors, zero_sites
+from loramux.formats.mixlora import read_mixlora
+from loramux.formats.mixture import MixtureTensors, is_mixture, read_mixture
+from loramux.formats.peft import read_peft
+from loramux.formats.scaling import site_scaling
+from loramux.formats.tensors import AdapterTensors, zero_sites
 from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
 from loramux.methods.mole import expert_names
-from loramux.mixlora_import import mixlora_adapter, mixlora_config, mixlora_tensors
 from loramux.ops.contract import Spans
+from loramux.persist.base import check_base_digest
+from loramux.persist.names import slot_order
+from loramux.persist.published import mixlora_adapter
 
 log = logging.getLogger(__name__)
-IN_MEMORY = "model:"  # how `model_digest` begins
 
 
 def read_adapter(
@@ -75,9 +69,6 @@ def _peft_type(folder: Path) -> str | None:
             kind = found.get("peft_type")
             return kind if isinstance(kind, str) else None
     return None
-
-
-# --- Reading ------------------------------------------------------------------------------------
 
 
 def _from_peft(sites: Sequence[Site], tensors: AdapterTensors, name: str, where: str) -> Adapter:
@@ -183,7 +174,7 @@ def _from_mixture(
 def _check_order(method: Method, names: list[str]) -> None:
     """A router is trained for one order of its experts: in another it would weigh the wrong ones."""
     gated = method.needs_adapters
-    expected = getattr(method.config, "adapters", ()) if gated else sorted(names, key=_slot_order)
+    expected = getattr(method.config, "adapters", ()) if gated else sorted(names, key=slot_order)
     if names != list(expected):
         raise FormatError(
             f"the mixture lists its experts as {names}, its router was trained with the order {list(expected)}; "
@@ -239,169 +230,3 @@ def gate(
     adapter = Adapter(name, method, found, rows, routers, tuple(experts))
     adapter.saved_configs = {key: e.config for key, e in experts.items()}
     return adapter
-
-
-# --- Writing ------------------------------------------------------------------------------------
-
-
-def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    """Save rows, routers and config; the servability class decides the layout."""
-    experts = expert_tensors(model, adapter)
-    method = adapter.method
-    if method.servability == "static":
-        (tensors,) = experts.values()
-        write_peft(folder, tensors)
-        return folder
-    config = method.config.to_dict()
-    if adapter.experts:
-        config["adapters"] = list(
-            adapter.experts
-        )  # by name: the paths they came from mean nothing elsewhere
-    write_mixture(
-        folder,
-        method=method.name,
-        config=config,
-        servability=method.servability,
-        base_digest=digest_of_base(model),
-        base_name=getattr(model, "name_or_path", "") or "",
-        experts=experts,
-        router={k: p.detach().contiguous() for k, p in adapter.routers_by_key.named_parameters()},
-    )
-    return folder
-
-
-def write_published_mixlora(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
-    """Save a MixLoRA in the published layout (safetensors). Only for models whose layers are `model.layers`."""
-    if adapter.method.name != "mixlora":
-        raise ValueError(f"{adapter.name!r} is a {adapter.method.title}; the layout is for MixLoRA")
-    config = mixlora_config(adapter, getattr(model, "name_or_path", "") or "")
-    write_mixlora(folder, config, mixlora_tensors(adapter, config))
-    return folder
-
-
-def expert_tensors(model: nn.Module, adapter: Adapter) -> dict[str, AdapterTensors]:
-    """Every expert as an adapter of its own, by name."""
-    most = max(rows.spans.num_slots for rows in adapter.rows.values())
-    parts: dict[str, dict[str, tuple[SiteTensors, float]]] = {}
-    for path, rows in adapter.rows.items():
-        num = rows.spans.num_slots
-        for slot in range(num):
-            if rows.spans.rank[slot] == 0:
-                continue
-            at = rows.slot_rows(slot)
-            entry = SiteTensors(
-                rows.a.detach()[at],
-                rows.b.detach()[at],
-                None if rows.magnitude is None else rows.magnitude.detach()[slot],
-            )
-            key = _expert_name(adapter, slot, num, most)
-            parts.setdefault(key, {})[path] = (entry, rows.spans.scale[slot])
-    order = [name for name in (adapter.experts or sorted(parts, key=_slot_order)) if name in parts]
-    return {name: _one_expert(model, adapter, name, parts[name]) for name in order}
-
-
-def _expert_name(adapter: Adapter, slot: int, num: int, most: int) -> str:
-    if adapter.experts:
-        return adapter.experts[slot]
-    if most == 1:
-        return "lora"
-    return "shared" if num == 1 else f"expert_{slot}"
-
-
-def _slot_order(name: str) -> tuple[int, str]:
-    number = name.rpartition("_")[2]
-    return (int(number) if number.isdigit() else -1, name)
-
-
-def _one_expert(
-    model: nn.Module,
-    adapter: Adapter,
-    name: str,
-    entries: Mapping[str, tuple[SiteTensors, float]],
-) -> AdapterTensors:
-    sites = {path: entry for path, (entry, _) in entries.items()}
-    ranks = {path: entry.rank for path, entry in sites.items()}
-    scales = {path: scale for path, (_, scale) in entries.items()}
-    saved = adapter.saved_configs.get(name)
-    if saved is not None and _still_says(saved, ranks, scales):
-        return AdapterTensors.build(saved, sites)
-    config: MethodConfig = adapter.method.config
-    rslora = config.use_rslora
-    alphas = {p: round(scales[p] * (r**0.5 if rslora else r), 9) for p, r in ranks.items()}
-    r, alpha, rank_pattern, alpha_pattern = uneven(ranks, alphas)
-    others = [path for path in all_linears(model) if path not in sites]
-    return AdapterTensors.build(
-        peft_config(
-            r,
-            alpha,
-            target_modules=target_names(list(sites), others),
-            lora_dropout=config.lora_dropout,
-            use_rslora=rslora,
-            use_dora=next(iter(sites.values())).magnitude is not None,
-            fan_in_fan_out=any(adapter.sites[p].transposed for p in sites),
-            rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern,
-            base_model_name_or_path=getattr(model, "name_or_path", None) or None,
-        ),
-        sites,
-    )
-
-
-def _still_says(
-    config: Mapping[str, Any], ranks: Mapping[str, int], scales: Mapping[str, float]
-) -> bool:
-    """Whether the config an adapter came with still describes its rows."""
-    try:
-        found = site_scaling(config, ranks)
-    except FormatError:
-        return False
-    return all(abs(found[path][2] - scale) < 1e-9 * max(1, scale) for path, scale in scales.items())
-
-
-def all_linears(model: nn.Module) -> list[str]:
-    """Module paths of every linear of the model, under their names without adapters."""
-    return [
-        path.replace(".base_layer", "")
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    ]
-
-
-# --- The base ------------------------------------------------------------------------------------
-
-
-def digest_of_base(model: nn.Module) -> str:
-    """Digest of the checkpoint the model came from (folder or hub cache), or of its weights where there is none."""
-    folder = checkpoint_folder(str(getattr(model, "name_or_path", "") or ""))
-    return model_digest(model, exclude=(HOLDER,)) if folder is None else base_digest(folder)
-
-
-def checkpoint_folder(name: str) -> Path | None:
-    """The folder behind a model's name: itself, or its snapshot in the hub's cache."""
-    if not name:
-        return None
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:  # a path that is gone, not a hub id
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def check_base_digest(model: nn.Module, expected: str | None, name: str | None) -> None:
-    """Refuse another base than the one recorded; a mixture that records none is taken as it is."""
-    if expected is None:
-        return
-    # A base that was only in memory when the mixture was saved was digested by its weights.
-    in_memory = expected.startswith(IN_MEMORY)
-    found = model_digest(model, exclude=(HOLDER,)) if in_memory else digest_of_base(model)
-    if found != expected:
-        raise FormatError(
-            f"this mixture was trained on {name or 'another base'} (digest {expected[:12]}), the model is "
-            f"{getattr(model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or pass "
-            "check_base=False if you know that it holds the same weights in another form"
-        )
