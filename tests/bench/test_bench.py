@@ -9,7 +9,9 @@ import torch
 from loramux.bench import subjects as s
 from loramux.bench.adapters import save_adapters
 from loramux.bench.decode import Decoder, check_outputs
+from loramux.bench.memory import memory_rows, peak_in_a_process
 from loramux.bench.plot import save_chart
+from loramux.bench.progress import silent
 from loramux.bench.run import bench
 from loramux.bench.shape import Effort, Shape, build_base, copy_of, one_thread, twin_of
 from loramux.bench.table import TARGETS
@@ -101,17 +103,26 @@ def test_training_compares_with_peft_and_with_a_second_peft(trained):
     assert sum(row["what"] == "control" for row in trained["rows"]) == 1
 
 
-def test_memory_is_measured_in_processes_of_their_own():
-    from loramux.bench.memory import memory_rows
+def test_memory_is_measured_in_a_process_of_its_own():
+    assert 0 < peak_in_a_process("mixlora", TINY, None) < 1000
 
-    rows = memory_rows(replace(TINY, memory_runs=1), None, lambda _title, _total: lambda: None)
-    found = {row.variant: row.extra["mb"] for row in rows}
-    assert len(rows) == 4
-    assert all(megabytes > 0 for megabytes in found.values())
-    (mixlora,) = [row for row in rows if row.target is not None]
-    assert (
-        mixlora.variant.startswith("MixLoRA") and mixlora.target == TARGETS["mixlora memory/peft"]
-    )
+
+def test_memory_is_compared_with_peft_with_and_without_checkpointing():
+    megabytes = {"peft": 100, "lora": 90, "milora": 95, "mixlora": 120}
+    megabytes |= {"peft checkpointed": 50, "mixlora checkpointed": 60}
+    asked = []
+
+    def peak(kind, effort, folder):
+        asked.append((kind, folder))
+        return float(megabytes[kind])
+
+    rows = memory_rows(replace(TINY, memory_runs=2), "base", silent, peak)
+    assert sorted(asked) == sorted([(kind, "base") for kind in megabytes] * 2)
+    assert [row.found.value for row in rows] == [0.9, 0.95, 1.2, 1.2]
+    mixlora = rows[2]
+    assert mixlora.target == TARGETS["mixlora memory/peft"] and mixlora.verdict == "met"
+    assert (mixlora.extra["mb"], mixlora.extra["reference_mb"]) == (120.0, 100.0)
+    assert rows[3].variant.endswith("gradient checkpointing") and rows[3].target is None
 
 
 def test_a_missing_package_is_listed_and_not_measured(decoded):

@@ -90,6 +90,24 @@ def test_fresh_ranks_compute_the_same_until_they_are_trained(make: Maker, varian
     assert not torch.equal(first[-2], first[-1])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_may_be_edited_between_two_decode_steps(make: Maker, variant: Variant):
+    """Whatever a decode step keeps ready for the next one must notice new rows."""
+    logits = []
+    for edit in (False, True):
+        model = build_pico("llama")
+        handle = make.attach(model, variant, backend="auto")
+        with torch.no_grad():
+            cache = model(IDS[:1, :4], use_cache=True).past_key_values
+            for token in (5, 6, 7):
+                model(torch.tensor([[token]]), past_key_values=cache)
+            for rows in handle.adapters["default"].rows.values() if edit else ():
+                for slot in slots(rows):
+                    rows.gather_ranks(slot, [*reversed(range(rows.spans.rank[slot])), -1])
+            logits.append(model(torch.tensor([[8]]), past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], **CLOSE)
+
+
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
     model.train()
     for _ in range(steps):

@@ -220,6 +220,15 @@ def test_reentrant_checkpointing_is_refused_where_the_prompt_routes_else_right(
     torch.testing.assert_close(gradients(handle), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_checkpointing_that_does_not_say_which_is_torchs_reentrant_one_and_refused(make: Maker):
+    model = build_pico("llama")
+    make.attach(model, variants_of("mixlora")[0])
+    model.gradient_checkpointing_enable({"preserve_rng_state": True})
+    model.train()
+    with pytest.raises(ValueError, match="use_reentrant"):
+        step(model)
+
+
 # -- the loss ------------------------------------------------------------------------------------
 
 
@@ -275,3 +284,23 @@ def test_evaluation_draws_no_randomness_whatever_the_dropout(make: Maker, varian
     if any(noisy.values()):
         model.train()
         assert not torch.equal(logits_of(model), once)
+
+
+@pytest.mark.parametrize("variant", every_variant(), ids=lambda v: v.name)
+def test_an_evaluation_in_inference_mode_does_not_stop_the_training_after_it(
+    make: Maker, variant: Variant
+):
+    """Tensors made in inference mode cannot enter a backward pass: nothing made there may be kept."""
+    model = build_pico("llama")
+    handle = make.attach(model, variant)
+    with torch.inference_mode():
+        model(IDS, attention_mask=MASK)
+        model.generate(IDS[:, :4], max_new_tokens=2, do_sample=False)
+    model.train()
+    step(model)
+    found = gradients(handle)
+    fresh = build_pico("llama")
+    expected = make.attach(fresh, variant)
+    fresh.train()
+    step(fresh)
+    torch.testing.assert_close(found, gradients(expected))

@@ -68,14 +68,16 @@ def attached(
     return model, handle, params
 
 
-def run(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS, attention_mask=MASK).logits
+def run(model: nn.Module, mask: Tensor = MASK) -> Tensor:
+    return model(input_ids=IDS, attention_mask=mask).logits
 
 
-def oracle_of(family: str, params: mixlora_model.Params, double: bool, **config: Any) -> Any:
+def oracle_of(
+    family: str, params: mixlora_model.Params, double: bool, mask: Tensor = MASK, **config: Any
+) -> Any:
     model = build_double(family) if double else build_pico(family)
     settings = mixlora_model.Config(**config)
-    return mixlora_model.oracle_logits(model.requires_grad_(False), IDS, MASK, params, settings)
+    return mixlora_model.oracle_logits(model.requires_grad_(False), IDS, mask, params, settings)
 
 
 def assert_is_oracle(family: str, name: str, *, double: bool, dora: bool) -> None:

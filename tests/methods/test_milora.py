@@ -5,8 +5,27 @@ import torch
 from torch import Tensor, nn
 
 import loramux
-from methods.bridge import LORA_FAMILIES, finite_differences, milora_params, same_gradients
-from methods.milora_case import CONFIGS, IDS, LABELS, assert_is_oracle, attached, oracle_of, run
+from methods.bridge import (
+    LORA_FAMILIES,
+    build_double,
+    by_layer,
+    close,
+    copy_milora,
+    finite_differences,
+    milora_params,
+    same_gradients,
+)
+from methods.milora_case import (
+    CONFIGS,
+    IDS,
+    LABELS,
+    RANK,
+    assert_is_oracle,
+    attached,
+    oracle_of,
+    run,
+)
+from oracles.random_params import milora_params as random_params
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -53,6 +72,19 @@ def test_gradients_are_those_of_finite_differences(name: str):
     used = {n: p for (n, p), g in zip(leaves.items(), slopes, strict=True) if g is not None}
     assert len([name for name in used if "routers" in name]) == 8
     finite_differences(value, used, samples=2)
+
+
+def test_a_choice_of_modules_is_routed_among_itself():
+    modules = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    model = build_double()
+    params = random_params(model, RANK, modules=modules)
+    config = loramux.MiLoRAConfig(r=RANK, top_k=2, target_modules=modules)
+    handle = loramux.attach(model, config, backend="reference")
+    copy_milora(handle, params, modules)
+    got = run(model).detach()
+    expected, details = oracle_of("llama", params, modules, top_k=2)
+    close(got, expected.detach())
+    close(by_layer(handle.routing(), modules).detach(), details["gates"].detach())
 
 
 # -- refusals ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from methods.bridge import (
 )
 from methods.mixlora_case import (
     EXPERTS,
+    MASK,
     RANK,
     REAL,
     STRATEGIES,
@@ -67,24 +68,26 @@ def test_gradients_are_the_oracles_in_other_families(family: str):
         same_gradients(handle, got, expected[REAL].square().mean())
 
 
-@pytest.mark.parametrize("multiply", [False, True])
-def test_the_switchs_capacity_counts_the_real_tokens_of_each_request_in_order(multiply: bool):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_switchs_capacity_counts_the_real_tokens_of_each_request_in_order(side: str):
     """Overflow runs the frozen FFN in training; the oracle restates the count token by token."""
+    mask = MASK if side == "right" else MASK.flip(1)
+    real = mask.bool()
     settings = {"routing_strategy": "mixlora-switch", "expert_capacity": 1}
     theirs = {"strategy": "mixlora-switch", "capacity": 1}
     model, handle, params = attached(double=True, **settings)
     model.train()
-    got = run(model)
-    expected, details = oracle_of("llama", params, True, **theirs)
+    got = run(model, mask)
+    expected, details = oracle_of("llama", params, True, mask, **theirs)
     overflow = torch.stack([route.overflow for route in details["routes"].values()])
     assert overflow.any() and not overflow.all()
-    close(got.detach()[REAL], expected.detach()[REAL])
-    expected, _ = oracle_of("llama", mixlora_params(handle), True, **theirs)
-    same_gradients(handle, got[REAL].square().mean(), expected[REAL].square().mean())
+    close(got.detach()[real], expected.detach()[real])
+    expected, _ = oracle_of("llama", mixlora_params(handle), True, mask, **theirs)
+    same_gradients(handle, got[real].square().mean(), expected[real].square().mean())
     model.eval()
-    unlimited, _ = oracle_of("llama", params, True, strategy="mixlora-switch")
-    close(run(model).detach()[REAL], unlimited.detach()[REAL])
-    assert (unlimited - expected)[REAL].abs().max() > 1e-3
+    unlimited, _ = oracle_of("llama", params, True, mask, strategy="mixlora-switch")
+    close(run(model, mask).detach()[real], unlimited.detach()[real])
+    assert (unlimited - expected)[real].abs().max() > 1e-3
 
 
 def test_published_overflow_gets_nothing_from_the_ffn():
@@ -186,9 +189,10 @@ def test_the_default_coefficient_belongs_to_the_form():
         ("q_proj", "gate_proj", "up_proj"),
     ],
 )
-def test_experts_may_sit_at_some_of_the_ffns_linears_only(targets: tuple[str, ...]):
+@pytest.mark.parametrize("dora", [False, True])
+def test_experts_may_sit_at_some_of_the_ffns_linears_only(targets: tuple[str, ...], dora: bool):
     model = build_double()
-    full = random_params(model, EXPERTS, RANK, scale=1.5)
+    full = random_params(model, EXPERTS, RANK, scale=1.5, dora=dora)
     experts = {
         path: [{n: f for n, f in expert.items() if n in targets} for expert in every]
         for path, every in full.experts.items()
@@ -200,6 +204,7 @@ def test_experts_may_sit_at_some_of_the_ffns_linears_only(targets: tuple[str, ..
         lora_alpha=1.5 * RANK,
         num_experts=EXPERTS,
         lora_dropout=0.0,
+        use_dora=dora,
         target_modules=targets,
     )
     handle = loramux.attach(model, config, backend="reference")

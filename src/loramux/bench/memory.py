@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,15 @@ from loramux.bench.shape import Effort, Shape
 from loramux.bench.stats import median_interval, verdict
 from loramux.bench.table import TARGETS, Row
 
+Peak = Callable[[str, Effort, str | None], float]
 STEPS = 2
 STATUS = Path("/proc/self/status")
 
 
-def memory_rows(effort: Effort, folder: str | None, begin: Begin) -> list[Row]:
+def memory_rows(
+    effort: Effort, folder: str | None, begin: Begin, peak: Peak | None = None
+) -> list[Row]:
+    """`peak` replaces the measurement itself."""
     from loramux.bench import train as t
 
     if not STATUS.exists() or not effort.memory_runs:
@@ -34,7 +39,7 @@ def memory_rows(effort: Effort, folder: str | None, begin: Begin) -> list[Row]:
     peaks: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(effort.memory_runs):
         for kind in kinds:
-            peaks[kind].append(_in_a_process(kind, effort, folder))
+            peaks[kind].append((peak or peak_in_a_process)(kind, effort, folder))
             advance()
     rows = []
     for kind in kinds:
@@ -66,7 +71,7 @@ def _row(
     )  # fmt: skip
 
 
-def _in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
+def peak_in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
     """MB at the peak, above the loaded base."""
     work = json.dumps({"kind": kind, "effort": asdict(effort), "folder": folder})
     done = subprocess.run(

@@ -41,7 +41,10 @@ class Attachment:
         self.dispatch.weight = next(model.parameters())
         self.linears: dict[str, LoraLinear] = {}
         self._hooks: list[Any] = []
-        self._hooked: set[str] = set()
+        self._arrivals: dict[
+            str, Callable[..., None]
+        ] = {}  # hooks of modules whose input a router reads
+        self._listening: list[Any] = []
         self._instance: list[tuple[nn.Module, str]] = []
         self._frozen = [(p, p.requires_grad) for p in model.parameters()]
         self._checkpointing: list[tuple[nn.Module, Any]] = []
@@ -50,6 +53,7 @@ class Attachment:
         self.holder = nn.ModuleDict()
         model.add_module(HOLDER, self.holder)
         object.__setattr__(self.holder, "handle", self)
+        self.dispatch.listen = self._listen
         self._hook_model()
 
     @property
@@ -203,28 +207,40 @@ class Attachment:
             return None
         auxiliary = self.aux_losses()
         if auxiliary:
-            extra = supervised_share(call) * torch.stack(list(auxiliary.values())).sum()
+            total = torch.stack(list(auxiliary.values())).sum()
+            log_probs = getattr(output, "log_probs", None)
+            if log_probs is not None:  # TRL's fused head: its trainer sums these and never reads `loss`
+                output.log_probs = log_probs - output.label_mask * total.to(log_probs.dtype)
+            extra = supervised_share(call) * total
             if isinstance(output, tuple):  # return_dict=False: the loss comes first
                 return (output[0] + extra.to(output[0].dtype), *output[1:])
             output.loss = output.loss + extra.to(output.loss.dtype)
         return output
 
     def _hook_module(self, path: str) -> None:
-        if path in self._hooked:
-            return
-        self._hooked.add(path)
-
         def arrived(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state = self.dispatch.state
-            if state is None or state.is_settled:
-                return
             x = args[0] if args else kwargs.get("hidden_states", kwargs.get("x"))
             if x is None:
                 raise ValueError(f"{path} was called without hidden states; its router cannot run")
             self.dispatch.enter_module(path, x)
 
-        module = self.model.get_submodule(path)
-        self._hooks.append(module.register_forward_pre_hook(arrived, with_kwargs=True))
+        self._listen(False)
+        self._arrivals.setdefault(path, arrived)
+
+    def _listen(self, wanted: bool) -> None:
+        """Keep the routers' hooks on their modules only while there is something to decide.
+
+        A hook that does nothing costs about as much as the LoRA of two linears, in every layer and decode step.
+        """
+        if wanted == bool(self._listening):
+            return
+        for hook in self._listening:
+            hook.remove()
+        self._listening = [
+            self.model.get_submodule(path).register_forward_pre_hook(arrived, with_kwargs=True)
+            for path, arrived in self._arrivals.items()
+            if wanted
+        ]
 
     def _follow_checkpointing(self) -> None:
         """Let every checkpointed layer re-run under the forward pass it belongs to."""
@@ -232,7 +248,8 @@ class Attachment:
             original: Any = layer._gradient_checkpointing_func
             if isinstance(original, _Bound):
                 continue
-            reentrant = getattr(original, "keywords", {}).get("use_reentrant", False)
+            # Unset means re-entrant: torch's own default.
+            reentrant = getattr(original, "keywords", {}).get("use_reentrant") is not False
             if reentrant and any(a.routers for a in self.adapters.values()):
                 raise ValueError(
                     "routers and their losses get no gradient through re-entrant checkpointing; use "
@@ -277,6 +294,7 @@ class Attachment:
         """Give the model back as it was: the same linear objects, flags and methods; adapters are dropped."""
         for hook in self._hooks:
             hook.remove()
+        self._listen(False)
         for module, name in self._instance:
             delattr(module, name)
         for layer, original in self._checkpointing:

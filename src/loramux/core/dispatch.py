@@ -9,7 +9,7 @@ Letters: N tokens, Q requests, E experts of a site.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,7 @@ class Dispatch:
         self.generation: dict[str, PromptStore] | None = None
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
         self.choices: dict[str, str] = {}
+        self.listen: Callable[[bool], None] = lambda _wanted: None  # hooks of routers on or off
 
     # --- Opening and closing a forward pass ----------------------------------------------------
 
@@ -71,6 +72,7 @@ class Dispatch:
             self.state = store.decoding[key]
             self.state.batch = batch
             self.state.forget_step()
+            self.listen(not self.state.is_settled)
             return
         self.state = State(
             batch=batch,
@@ -84,6 +86,7 @@ class Dispatch:
         )
         if decoding:
             store.decoding = {key: self.state}
+        self.listen(not self.state.is_settled)
 
     def close(self, cache: Any = None) -> None:
         """End it; `cache` is the KV cache the model returned, which the prompt's routes now belong to."""
@@ -172,6 +175,7 @@ class Dispatch:
         state.plans.clear()
         state.pairs.clear()
         state.forget_step()
+        self.listen(not state.is_settled)
         try:
             yield
         finally:

@@ -50,9 +50,9 @@ class State:
 
     @cached_property
     def is_settled(self) -> bool:
-        """Whether no router has to look at what arrives: all of them decided on the prompt."""
+        """Whether no router has to look at what arrives: there is none, or all of them decided on the prompt."""
         hooked = [r for m in self.members for _, r in m.adapter.hooked_routers()]
-        return self.prompt_done and all(r.when == "prompt" for r in hooked)
+        return all(r.when == "prompt" and self.prompt_done for r in hooked)
 
     def forget_step(self) -> None:
         """Drop what was lowered from per-token routes: the next step routes anew."""

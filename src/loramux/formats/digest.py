@@ -23,7 +23,17 @@ from loramux.formats.files import write_bytes
 from loramux.formats.jsonio import canonical_json, read_json_object
 
 # Written by tools on every save; they say nothing about the function of the model.
-IGNORED_CONFIG_KEYS = frozenset({"transformers_version", "_name_or_path"})
+# Not the model's function, and trainers change the last four on a live model.
+IGNORED_CONFIG_KEYS = frozenset(
+    {
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    }
+)
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 

@@ -130,8 +130,10 @@ class LateGate(Router):
         b_RO = rows.b.detach().to(t_NR.dtype) * rows.spans.row_scale_R.to(t_NR).unsqueeze(1)
         if self._gram is None or self._gram[0] != key:
             same_RR = slot_R.unsqueeze(0) == slot_R.unsqueeze(1)
-            gram_RR = (b_RO @ b_RO.T) * same_RR
-            mean_R = b_RO.sum(1) / (self.num_experts * b_RO.shape[1])
+            with torch.inference_mode(False):  # kept, so a later backward pass must be able to use them
+                wide_RO = b_RO.clone()
+                gram_RR = (wide_RO @ wide_RO.T) * same_RR.clone()
+                mean_R = wide_RO.sum(1) / (self.num_experts * wide_RO.shape[1])
             self._gram = (key, mean_R, gram_RR)
         return b_RO, self._gram[1], self._gram[2]
 

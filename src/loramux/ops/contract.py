@@ -56,6 +56,7 @@ class Spans:
         return max(self.rank, default=0)
 
     @cached_property
+    @torch.inference_mode(False)
     def row_slot_R(self) -> Tensor:
         """Slot of every rank row; -1 where no slot owns the row."""
         slot_R = torch.full((self.num_rows,), -1, dtype=torch.long)
@@ -64,6 +65,7 @@ class Spans:
         return slot_R
 
     @cached_property
+    @torch.inference_mode(False)
     def row_scale_R(self) -> Tensor:
         """fp32 scale of every rank row."""
         scale_R = torch.zeros(self.num_rows, dtype=torch.float32)
@@ -72,6 +74,7 @@ class Spans:
         return scale_R
 
     @cached_property
+    @torch.inference_mode(False)
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
         """(start, rank, scale) as CPU tensors (int32, int32, fp32) for compiled kernels."""
         return (
