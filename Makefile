@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test lint format bench clean
 
 demo: $(VENV)/.stamp-demo
-	OMP_NUM_THREADS= OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
+	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

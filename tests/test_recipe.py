@@ -117,8 +117,15 @@ def test_jobs_start_from_the_top_level() -> None:
 
 
 def test_no_learning_rate_means_the_methods_own() -> None:
-    (job,) = parse_recipe(with_(training__learning_rate=None)).jobs_resolved()
-    assert job.training.learning_rate is not None and job.training.learning_rate > 0
+    from loramux.methods import load_method
+
+    for name in ("lora", "milora", "mixlora"):
+        (job,) = parse_recipe(with_(method={"name": name})).jobs_resolved()
+        assert job.training.learning_rate == load_method(name).default_learning_rate
+    (job,) = parse_recipe(
+        with_(method={"name": "lora"}, training__learning_rate=None)
+    ).jobs_resolved()
+    assert job.training.learning_rate == 2e-4
 
 
 def test_overrides_are_yaml_and_reach_into_lists() -> None:

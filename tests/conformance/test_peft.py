@@ -50,7 +50,7 @@ def test_a_static_adapter_loads_in_peft_with_equal_logits(
     handle = make.attach(model, variant, family)
     expected = logits_of(model)
     folder = handle.save(tmp_path / "adapter")
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in folder.iterdir()) == [*FILES, "loramux.json"]
     other = in_peft(folder, family)
     no_peft_warnings(other, folder)
     torch.testing.assert_close(logits_of(other), expected, **CLOSE)
@@ -233,5 +233,5 @@ def test_save_pretrained_of_the_model_saves_the_active_adapter(make: Maker, tmp_
     model = build_pico("llama")
     make.attach(model, variants_of("lora")[0])
     model.save_pretrained(str(tmp_path / "saved"))
-    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == FILES
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [*FILES, "loramux.json"]
     torch.testing.assert_close(logits_of(in_peft(tmp_path / "saved")), logits_of(model), **CLOSE)

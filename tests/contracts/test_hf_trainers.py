@@ -29,13 +29,20 @@ METHODS = {
         r=4, num_experts=4, lora_dropout=0.0, router_aux_loss_coef=0.1, router_init_range=0.5
     ),
 }
+# A router loss that outweighs the answers: one that is lost or counted twice shows in the first step.
+LOUD = {
+    "loud milora": loramux.MiLoRAConfig(r=4, router_aux_loss_coef=5.0),
+    "loud mixlora": loramux.MixLoRAConfig(
+        r=4, num_experts=4, lora_dropout=0.0, router_aux_loss_coef=5.0, router_init_range=0.5
+    ),
+}
 Loop = Callable[..., list[float]]
 
 
 def attached(method: str) -> tuple[PreTrainedModel, loramux.Handle]:
     model = build_pico("llama")
     torch.manual_seed(0)
-    return model, loramux.attach(model, METHODS[method])
+    return model, loramux.attach(model, (METHODS | LOUD)[method])
 
 
 def job(accumulation: int) -> Job:
@@ -170,8 +177,9 @@ def hf_trainer(method: str, accumulation: int, _: Any, folder: Path) -> list[flo
 def sft_trainer(
     method: str, accumulation: int, tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> list[float]:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import trl
+
     model, _handle = attached(method)
     recorded = Recorded()
     config = trl.SFTConfig(
@@ -215,6 +223,16 @@ def test_fifty_steps_have_the_losses_of_our_trainer(
     torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("method", LOUD)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_router_loss_that_outweighs_the_answers_reaches_every_trainer(
+    loop: str, method: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    ours = our_loop(method, 1)
+    theirs = LOOPS[loop](method, 1, tokenizer, tmp_path)
+    torch.testing.assert_close(torch.tensor(theirs), torch.tensor(ours), rtol=1e-5, atol=0)
+
+
 def test_the_losses_are_those_of_the_router_too() -> None:
     """Without the router loss the same fifty steps go elsewhere: equality above is not blind to it."""
     with_loss = our_loop("mixlora", 1)
@@ -227,6 +245,22 @@ def test_the_losses_are_those_of_the_router_too() -> None:
     Trainer(model, loramux.attach(model, config), [job(1)], listeners=[losses]).run()
     gap = [abs(a - b) for a, b in zip(with_loss, losses.values, strict=True)]
     assert max(gap) > 1e-2
+
+
+def test_the_callback_refuses_to_load_the_best_model_at_the_end(tmp_path: Path) -> None:
+    model, handle = attached("milora")
+    changes = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    args = arguments(1, tmp_path) | changes | {"eval_steps": 1, "save_steps": 1}
+    trainer = transformers.Trainer(
+        model=model,
+        args=transformers.TrainingArguments(**args),
+        train_dataset=rows(1),  # type: ignore[arg-type]
+        eval_dataset=rows(1),  # type: ignore[arg-type]
+        data_collator=pad,
+        callbacks=[RouterCallback(handle)],
+    )
+    with pytest.raises(ValueError, match=r"load_best_model_at_end.*`loramux train`"):
+        trainer.train()
 
 
 def test_the_callback_logs_the_routing_and_saves_an_adapter_that_loads(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ def test_the_task_is_the_sources_then_the_rows_then_the_folders(write_jsonl: Any
 
 
 def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+    from pyarrow import parquet
+
     path = tmp_path / "x.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
     found = list(read_rows(DataSource(path=str(path), skip=3)))
@@ -51,7 +52,6 @@ def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
 
 
 def test_a_file_that_only_looks_like_parquet_is_named(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
     path = tmp_path / "x.parquet"
     path.write_text("no")
     with pytest.raises(DataError, match=r"x.parquet: not a Parquet file"):
@@ -113,6 +113,12 @@ def test_skipping_everything_is_an_error(write_jsonl: Any) -> None:
 @pytest.mark.parametrize("path", ["nowhere.jsonl", "./nowhere", "/no/such/thing", "demo:x/y.jsonl"])
 def test_a_path_that_does_not_exist_is_not_looked_up_on_a_hub(path: str) -> None:
     with pytest.raises(DataError, match="no such file"):
+        prompts(path=path)
+
+
+@pytest.mark.parametrize("path", ["demo:../demo.yaml", "demo:../../errors.py", "demo:/etc/hosts"])
+def test_a_shipped_path_stays_in_the_shipped_data(path: str) -> None:
+    with pytest.raises(DataError, match="leaves the data shipped with the package"):
         prompts(path=path)
 
 

@@ -101,6 +101,10 @@ def test_equal_rows_leave_bleu_no_error():
     assert error == pytest.approx(0.0, abs=1e-9)
 
 
+def test_a_single_row_has_no_standard_error():
+    assert bleu(["the cat sat on the mat"], [["the cat sat on the mat"]])[1] is None
+
+
 def test_bleu_wants_a_text_per_reference_list():
     with pytest.raises(ValueError, match="2 and 1"):
         bleu(["a", "b"], [["a"]])

@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BloomConfig, GPTNeoConfig, MptConfig
 
-from loramux.eval.ranking import ChoiceRow, ChoiceScores, best_layout, choice_scores
+from loramux.eval.ranking import (
+    TREE_MODEL_TYPES,
+    ChoiceRow,
+    ChoiceScores,
+    best_layout,
+    choice_scores,
+)
 from pico import FAMILIES, build_pico
 
 ROWS = [
@@ -80,6 +87,40 @@ def test_a_row_longer_than_the_sliding_window_is_ranked_without_the_tree():
     for scores in choice_scores(model, [long]):
         expected = [alone(model, long.prompt, choice) for choice in long.choices]
         assert scores.sums == pytest.approx(expected, abs=1e-5)
+
+
+OTHERS = {
+    "mpt": MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
+    "bloom": BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+    "gpt_neo": GPTNeoConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        max_position_embeddings=64,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_family_that_the_tree_is_not_proven_for_is_ranked_exactly_too(kind):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(OTHERS[kind]).eval()
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    for scores in choice_scores(model, ROWS):
+        expected = [alone(model, scores.row.prompt, choice) for choice in scores.row.choices]
+        assert scores.sums == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_tree_is_taken_for_the_families_it_is_tested_on_and_no_other():
+    models = {build_pico(family).config.model_type for family in FAMILIES}
+    assert models == TREE_MODEL_TYPES
+    assert all(best_layout(build_pico(family), 9) == "tree" for family in FAMILIES)
 
 
 def test_nan_scores_are_an_error():

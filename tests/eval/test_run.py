@@ -182,6 +182,7 @@ def test_files_of_one_task_are_put_together(tmp_path):
         ({"dtype": "float23"}, "unknown dtype"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"base": "./nowhere"}, "no such folder"),
+        ({"base": "some/model"}, "the base 'some/model' cannot be read: .* hub id"),
     ],
 )
 def test_wrong_input_is_refused_with_the_reason(base, tmp_path, options, message):

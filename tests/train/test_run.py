@@ -156,6 +156,15 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_loaded(
         train_recipe(recipe(base), tmp_path / "file", progress=False)
 
 
+def test_a_base_that_cannot_be_read_is_one_error_and_claims_no_folder(
+    base: Path, tmp_path: Path
+) -> None:
+    wrong = recipe(base).model_copy(update={"base": "some/model"})
+    with pytest.raises(LoramuxError, match=r"the base 'some/model' cannot be read: .* hub id"):
+        train_recipe(wrong, tmp_path / "run", progress=False)
+    assert train_recipe(recipe(base), tmp_path / "run", progress=False)["steps"] == 6
+
+
 def test_a_folder_with_other_files_is_fine(base: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "report.html").write_text("mine")

@@ -91,6 +91,6 @@ def _train(effort: Effort, folder: str | None, begin: Begin) -> Measured:
     from loramux.bench.memory import memory_rows
     from loramux.bench.train import train_rows
 
+    memory = memory_rows(effort, folder, begin)
     rows, choices = train_rows(effort, folder, begin)
-    rows += memory_rows(effort, folder, begin)
-    return rows, {}, choices
+    return rows + memory, {}, choices

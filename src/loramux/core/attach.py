@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loramux.core import checkpointing
 from loramux.core.adapter import Adapter
 from loramux.core.batch import supervised_share
 from loramux.core.dispatch import Dispatch, call_by_name
+from loramux.core.guards import check_bare, check_name
 from loramux.core.linear import LoraLinear
-from loramux.core.state import PromptStore, State
+from loramux.core.state import PromptStore
 from loramux.core.types import RouteRecord, Site
 
 log = logging.getLogger(__name__)
@@ -30,12 +32,9 @@ class Attachment:
     """Everything that was done to a model. One per model; `detach` undoes it exactly."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], backend: str = "auto"):
-        if getattr(model, HOLDER, None) is not None:
-            raise ValueError(
-                "this model already has adapters attached; add to them with handle.add(config, name=...) "
-                "or handle.load(DIR, name=...), or call handle.detach() first"
-            )
+        check_bare(model)
         self.model = model
+        self.is_attached = True
         self.sites = {site.path: site for site in sites}
         self.dispatch = Dispatch(backend)
         self.dispatch.weight = next(model.parameters())
@@ -47,7 +46,6 @@ class Attachment:
         self._listening: list[Any] = []
         self._instance: list[tuple[nn.Module, str]] = []
         self._frozen = [(p, p.requires_grad) for p in model.parameters()]
-        self._checkpointing: list[tuple[nn.Module, Any]] = []
         for parameter, _ in self._frozen:
             parameter.requires_grad_(False)
         self.holder = nn.ModuleDict()
@@ -63,10 +61,13 @@ class Attachment:
 
     def put(self, adapter: Adapter) -> None:
         """Wrap the sites of an adapter that is completely built, and register it. The first one becomes active."""
+        self._check_attached()
+        check_name(adapter.name)
         if adapter.name in self.adapters:
             raise ValueError(
                 f"an adapter named {adapter.name!r} is attached; remove it or choose a name"
             )
+        self._check_blocks(adapter)
         device = self.dispatch.weight.device
         if any(p.device != device for p in adapter.parameters()):
             adapter.to(device)
@@ -78,30 +79,56 @@ class Attachment:
                 self._wrap(site)
         for path, _ in adapter.hooked_routers():
             self._hook_module(path)
-        self.holder[adapter.name.replace(".", "/")] = adapter
+        self.holder[_key(adapter.name)] = adapter
         self.adapters[adapter.name] = adapter
         self._forget()
         if len(self.adapters) == 1:
             self.dispatch.active = adapter.name
 
+    def _check_attached(self) -> None:
+        if not self.is_attached:
+            raise ValueError("this handle was detached from its model; attach or load again")
+
+    def _check_blocks(self, adapter: Adapter) -> None:
+        """A block that is routed by rows needs a linear at which the rows fold back into tokens."""
+        for path, router in adapter.hooked_routers():
+            own = [site for site in self.sites.values() if site.block == path]
+            if router.scope == "block" and not any(site.role == "exit" for site in own):
+                raise ValueError(
+                    f"{path} has no last linear that loramux knows by name (it has {[s.name for s in own]}), so a "
+                    "token cannot be several rows there; use a method without experts inside the FFN"
+                )
+
     def remove(self, name: str) -> None:
         """Take one adapter off. Linears stay wrapped until `detach`; unused, they are the bare base."""
         removed = self._named(name)
+        self._refuse_in_use("remove")
         for path, rows in removed.rows.items():
             self.linears[path].states.pop(rows, None)
         del self.adapters[name]
-        del self.holder[name.replace(".", "/")]
+        del self.holder[_key(name)]
         self._forget()
         if self.dispatch.active == name:
             self.dispatch.active = None
+            log.warning("the active adapter %r was removed: the next calls run the bare base", name)
 
     def use(self, name: str | None) -> None:
         """Which adapter the next calls use for every row; None is the bare base."""
+        self._check_attached()
+        self._refuse_in_use("use")
         if name is not None:
             self._named(name)
         self.dispatch.active = name
 
+    def _refuse_in_use(self, what: str) -> None:
+        if self.dispatch.generation is not None or self.dispatch.rows is not None:
+            raise ValueError(
+                f"handle.{what}() while generate or a `with handle.batch(...)` is running would change the weights of "
+                "requests under way; call it afterwards"
+            )
+
     def _named(self, name: str | None) -> Adapter:
+        self._check_attached()
         name = self.dispatch.active if name is None else name
         if name is None and len(self.adapters) == 1:
             name = next(iter(self.adapters))
@@ -123,6 +150,7 @@ class Attachment:
         segment_ids: Tensor | None = None,
     ) -> Iterator[None]:
         """Model calls inside run these adapters, one per request (None: bare base), with these masks."""
+        self._check_attached()
         for name in adapters or ():
             if name is not None:
                 self._named(name)
@@ -185,7 +213,7 @@ class Attachment:
         masks = [name for name in ("prompt_mask", "segment_ids") if name in kwargs]
         dispatch.open(call, self.model.training)
         if self.model.training:
-            self._follow_checkpointing()
+            checkpointing.follow(self.model, dispatch)
         if masks:
             return args, {key: value for key, value in kwargs.items() if key not in masks}
         return None
@@ -199,7 +227,7 @@ class Attachment:
         if dispatch.entered:
             return None
         state = dispatch.state
-        dispatch.close(getattr(output, "past_key_values", None))
+        dispatch.close(_cache_of(output))
         if state is None or not state.training or output is None:
             return None
         call = call_by_name(module, args, kwargs)
@@ -209,7 +237,9 @@ class Attachment:
         if auxiliary:
             total = torch.stack(list(auxiliary.values())).sum()
             log_probs = getattr(output, "log_probs", None)
-            if log_probs is not None:  # TRL's fused head: its trainer sums these and never reads `loss`
+            if (
+                log_probs is not None
+            ):  # TRL's fused head: its trainer sums these and never reads `loss`
                 output.log_probs = log_probs - output.label_mask * total.to(log_probs.dtype)
             extra = supervised_share(call) * total
             if isinstance(output, tuple):  # return_dict=False: the loss comes first
@@ -242,29 +272,6 @@ class Attachment:
             if wanted
         ]
 
-    def _follow_checkpointing(self) -> None:
-        """Let every checkpointed layer re-run under the forward pass it belongs to."""
-        for layer in self._checkpointed_layers():
-            original: Any = layer._gradient_checkpointing_func
-            if isinstance(original, _Bound):
-                continue
-            # Unset means re-entrant: torch's own default.
-            reentrant = getattr(original, "keywords", {}).get("use_reentrant") is not False
-            if reentrant and any(a.routers for a in self.adapters.values()):
-                raise ValueError(
-                    "routers and their losses get no gradient through re-entrant checkpointing; use "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
-                )
-            layer._gradient_checkpointing_func = _Bound(original, self.dispatch)  # type: ignore[assignment]
-            self._checkpointing.append((layer, original))
-
-    def _checkpointed_layers(self) -> Iterator[nn.Module]:
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False) and hasattr(
-                module, "_gradient_checkpointing_func"
-            ):
-                yield module
-
     # --- Wrapped methods of the instance ----------------------------------------------------------
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -275,6 +282,7 @@ class Attachment:
                 "an adapter here routes on the whole prompt, so its prefill cannot be chunked; "
                 "leave prefill_chunk_size unset"
             )
+        self._check_prompts(args, kwargs)
         before = self.dispatch.generation
         generation: dict[str, PromptStore] = {}
         self.dispatch.generation = generation
@@ -283,22 +291,51 @@ class Attachment:
         finally:
             self.dispatch.generation = before
 
-    def _save(self, original: Callable[..., Any], save_directory: Any, **_: Any) -> None:
+    def _check_prompts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Inside generate a call has more rows than prompts (beams): what was named must fit the prompts."""
+        names = ("inputs", "input_ids", "inputs_embeds")
+        given = next(
+            (kwargs[n] for n in names if kwargs.get(n) is not None), args[0] if args else None
+        )
+        rows, mask = self.dispatch.rows, self.dispatch.masks.get("prompt_mask")
+        if not torch.is_tensor(given):
+            return
+        if rows is not None and len(rows) != given.shape[0]:
+            raise ValueError(
+                f"generate was given {given.shape[0]} prompts, but {len(rows)} adapters were named; name one per "
+                "prompt (None for the base)"
+            )
+        if mask is not None and tuple(mask.shape) != tuple(given.shape[:2]):
+            raise ValueError(
+                f"prompt_mask must have the shape of the prompts {tuple(given.shape[:2])}, got {tuple(mask.shape)}"
+            )
+
+    def _save(
+        self,
+        original: Callable[..., Any],
+        save_directory: Any,
+        is_main_process: bool = True,
+        **_: Any,
+    ) -> None:
         """`model.save_pretrained` of an attached model saves the active adapter, as PEFT models do."""
-        self.save(save_directory)
+        if is_main_process:
+            self.save(save_directory)
 
     def save(self, folder: Any, name: str | None = None) -> Any:
         raise NotImplementedError("loramux.Handle knows the file formats")
 
     def detach(self) -> None:
         """Give the model back as it was: the same linear objects, flags and methods; adapters are dropped."""
+        if not self.is_attached:
+            return
+        self._refuse_in_use("detach")
+        self.is_attached = False
         for hook in self._hooks:
             hook.remove()
         self._listen(False)
         for module, name in self._instance:
             delattr(module, name)
-        for layer, original in self._checkpointing:
-            layer._gradient_checkpointing_func = original
+        checkpointing.release(self.model)
         for path, linear in self.linears.items():
             _replace(self.model, path, linear.base_layer)
         delattr(self.model, HOLDER)
@@ -318,24 +355,16 @@ class Attachment:
         self.linears[site.path] = linear
 
 
-class _Bound:
-    """A checkpoint function that re-enters the forward pass in which it was called."""
+def _key(name: str) -> str:
+    """Key of an adapter in the module tree: no dots, and nothing a module already has."""
+    return "adapter:" + name.replace(".", "/")
 
-    def __init__(self, original: Callable[..., Any], dispatch: Dispatch):
-        self.original = original
-        self.dispatch = dispatch
 
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = self.dispatch.state
-        if state is None:
-            return self.original(function, *args, **kwargs)
-        return self.original(functools.partial(self._run, state, function), *args, **kwargs)
-
-    def _run(self, state: State, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.dispatch.state is state:
-            return function(*args, **kwargs)
-        with self.dispatch.resume(state):
-            return function(*args, **kwargs)
+def _cache_of(output: Any) -> Any:
+    """The KV cache a model returned, from a named or a plain tuple."""
+    if isinstance(output, tuple):
+        return next((entry for entry in output if hasattr(entry, "get_seq_length")), None)
+    return getattr(output, "past_key_values", None)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -8,6 +8,7 @@ Letters: N tokens, Q requests, E experts of a site.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ from loramux.core.state import Late, PromptStore, State
 from loramux.core.types import EVERYTHING, Route, RouteRecord, Site
 from loramux.ops.choose import choose_backend, load_backend
 from loramux.ops.contract import Pairs
+
+log = logging.getLogger(__name__)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of adapter rows, in the C kernel
 
 
 class Dispatch:
@@ -45,6 +49,7 @@ class Dispatch:
         self.generation: dict[str, PromptStore] | None = None
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
         self.choices: dict[str, str] = {}
+        self.warned = False
         self.listen: Callable[[bool], None] = lambda _wanted: None  # hooks of routers on or off
 
     # --- Opening and closing a forward pass ----------------------------------------------------
@@ -61,12 +66,13 @@ class Dispatch:
                 f"adapters {by_prompt} route on the whole prompt, so it cannot come in chunks; "
                 "give all prompt tokens in one call"
             )
-        keeps = not (
-            training and torch.is_grad_enabled()
-        )  # a step of training is followed by no decoding
+        # A step of training is followed by no decoding.
+        keeps = not (training and torch.is_grad_enabled())
+        if not keeps:
+            self._warn_unknown_prompts(marked is not None, call, by_prompt)
         store = self._store(call.get("past_key_values"), batch, names, by_prompt, keeps)
         # Decode steps of one shape share their plans: what is fixed for a request is lowered once.
-        key = (batch.lead, tuple(names), torch.is_grad_enabled())
+        key = (batch.lead, tuple(names), torch.is_grad_enabled(), training)
         decoding = batch.past_length > 0 and keeps
         if decoding and key in store.decoding:
             self.state = store.decoding[key]
@@ -87,6 +93,21 @@ class Dispatch:
         if decoding:
             store.decoding = {key: self.state}
         self.listen(not self.state.is_settled)
+
+    def _warn_unknown_prompts(
+        self, marked: bool, call: dict[str, Any], by_prompt: list[str]
+    ) -> None:
+        """Without labels a training step cannot say where the prompt ends (label smoothing takes them away)."""
+        known = (
+            marked or call.get("labels") is not None or self.masks.get("prompt_mask") is not None
+        )
+        if by_prompt and not known and not self.warned:
+            self.warned = True
+            log.warning(
+                "training %s without labels and prompt_mask: its routers read the answers too, and outputs.loss lacks "
+                "their auxiliary loss (handle.aux_losses() has it); pass both, or leave label smoothing off",
+                by_prompt,
+            )
 
     def close(self, cache: Any = None) -> None:
         """End it; `cache` is the KV cache the model returned, which the prompt's routes now belong to."""
@@ -111,11 +132,14 @@ class Dispatch:
         """The adapter of every request."""
         if self.rows is None:
             return [self.active] * batch.num_requests
+        gone = [name for name in self.rows if name is not None and name not in self.adapters]
+        if gone:
+            raise ValueError(f"adapters {gone} were removed while this batch names them")
         num, listed = batch.num_requests, len(self.rows)
         if num == listed:
             return list(self.rows)
         # Beams and several answers per prompt: generate repeats each request in place.
-        if self.generation is not None and num % listed == 0:
+        if self.generation is not None and listed and num % listed == 0:
             return [name for name in self.rows for _ in range(num // listed)]
         raise ValueError(
             f"the batch holds {num} requests, but {listed} adapters were named; name one per request "
@@ -318,7 +342,13 @@ class Dispatch:
     def _backend(
         self, state: State, site: Site, parts: list[Part], layout: RowLayout | None
     ) -> tuple[str, Apply]:
-        simple = all(p.rows.magnitude is None and p.late is None and p.dropout == 0 for p in parts)
+        simple = all(
+            p.rows.magnitude is None
+            and p.late is None
+            and p.dropout == 0
+            and p.rows.a.dtype in KERNEL_DTYPES
+            for p in parts
+        )
         choice = choose_backend(
             device=state.batch.device,
             dtype=self.weight.dtype,
@@ -331,7 +361,7 @@ class Dispatch:
         if name == "cpu" and (site.path in self.unfused or not simple):
             name, reason = (
                 "reference",
-                "DoRA, gates that read t, Conv1D and quantised linears run in torch",
+                "DoRA, gates that read t, Conv1D, quantised linears and fp16 or fp64 rows run in torch",
             )
         self.choices[name] = reason
         return name, load_backend(name)

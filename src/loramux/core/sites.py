@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -27,6 +27,11 @@ def find_sites(model: nn.Module) -> list[Site]:
 
     Module order alone is not that: Phi-3 registers o_proj before qkv_proj.
     """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            "encoder-decoder models are not supported: loramux attaches to decoder-only models"
+        )
     sites: list[Site] = []
     prefix = _layer_list(model)
     widths: dict[str, int] = {}
@@ -101,18 +106,55 @@ def _matching(sites: list[Site], names: Sequence[str] | str, field: str) -> list
 
 
 def _layer_list(model: nn.Module) -> str:
-    """Path prefix of the decoder layers: the longest module list that holds linears, the outermost of equals."""
-    best: tuple[int, int, str] | None = None
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and any(_is_linear(m) for m in module.modules()):
-            found = (len(module), -path.count("."), path)
-            if best is None or found[:2] > best[:2]:
-                best = found
-    if best is None:
+    """Path prefix of the decoder layers: the module list, with linears in it, that is as long as the config says.
+
+    Lists inside another list (a layer's own experts) never count; of several, those of the text decoder do.
+    """
+    lists = {
+        path: len(module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and any(_is_linear(m) for m in module.modules())
+    }
+    outer = {p: n for p, n in lists.items() if not any(p.startswith(q + ".") for q in lists)}
+    decoder = _decoder_path(model)
+    inside = {p: n for p, n in outer.items() if p.startswith(decoder)} or outer
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    wanted = getattr(text, "num_hidden_layers", None)
+    fitting = {p: n for p, n in inside.items() if n == wanted} or inside
+    if not fitting:
         raise ValueError(
             "the model has no list of decoder layers with linears in it; loramux attaches to transformers decoders"
         )
-    return f"{best[2]}." if best[2] else ""
+    path = max(fitting, key=lambda p: fitting[p])
+    return f"{path}." if path else ""
+
+
+def _decoder_path(model: nn.Module) -> str:
+    """Path prefix of the text decoder, where the model says which part it is; else nothing."""
+    find = getattr(model, "get_decoder", None)
+    decoder = find() if find is not None else None
+    for path, module in model.named_modules():
+        if module is decoder and path:
+            return f"{path}."
+    return ""
+
+
+def refuse_fused_experts(model: nn.Module, sites: Sequence[Site]) -> None:
+    """The base's own experts kept as one 3-D tensor are no linears: leave them out only when asked to."""
+    layers = {site.layer_path for site in sites}
+    fused = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3
+        and "expert" in name
+        and any(name.startswith(layer + ".") for layer in layers)
+    ]
+    if fused:
+        raise ValueError(
+            f"this base keeps its own experts in fused tensors ({fused[0]} and {len(fused) - 1} more), which cannot "
+            "hold LoRA here; name the linears you want in target_modules"
+        )
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -45,7 +45,13 @@ def locate(source: DataSource) -> Path | str:
     """
     text = source.path
     if text.startswith(DEMO_PREFIX):
-        path = Path(str(files("loramux.demo"))) / "data" / text.removeprefix(DEMO_PREFIX)
+        shipped = Path(str(files("loramux.demo"))) / "data"
+        path = shipped / text.removeprefix(DEMO_PREFIX)
+        if not path.resolve().is_relative_to(shipped.resolve()):
+            raise DataError(
+                f"{text}: leaves the data shipped with the package; write {DEMO_PREFIX}TASK/SPLIT.jsonl, "
+                "or give the path of a file without the prefix"
+            )
         return _in_folder(path, source)
     path = Path(text).expanduser()
     if path.exists():

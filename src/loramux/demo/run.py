@@ -39,22 +39,24 @@ def main(out: Path, base: str) -> dict[str, Any]:
     started = time.perf_counter()
     say = Console(stderr=True, highlight=False).print
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(fetch.resolve_base(base))
+    resolved = str(fetch.resolve_base(base))
     here = Path(__file__).parent
-    recipe = load_recipe(here / "demo.yaml", [f"base={json.dumps(str(folder))}"])
+    recipe = load_recipe(here / "demo.yaml", [f"base={json.dumps(resolved)}"])
     tests = [here / "data" / task / "test.jsonl" for task in _tasks(recipe)]
     rows = read_tasks(tests, ROWS)
     prompts = [row.prompt for task in rows.values() for row in task[:SAMPLES]]
 
     say(f"[bold]1/3[/] The base model on {ROWS} test rows of {', '.join(rows)}")
-    loaded = load_model(folder)
+    loaded = load_model(resolved)
     model, tokenizer = loaded.model, loaded.tokenizer
-    stamp = _digest(folder / "config.json", folder / "model.safetensors", *tests)
+    base_digest = base_stamp(resolved)
+    seconds = time.perf_counter() - started
 
     def measure(title: str) -> dict[str, Any]:
         scores = evaluate_model(model, tokenizer, rows, title=title)
         return {"scores": scores, "texts": _answers(model, tokenizer, prompts)}
 
+    stamp = _digest(base_digest, *tests)
     before = _once(out / "before.json", stamp, lambda: measure("Before"))
 
     say(f"[bold]2/3[/] Training on {torch.get_num_threads()} threads")
@@ -62,12 +64,15 @@ def main(out: Path, base: str) -> dict[str, Any]:
 
     say("[bold]3/3[/] The same rows with the adapter, read back from its folder")
     load(model, out / "adapter")
-    stamp = _digest(*sorted((out / "adapter").rglob("*.safetensors")), *tests)
+    stamp = _digest(base_digest, *sorted((out / "adapter").rglob("*.safetensors")), *tests)
     after = _once(out / "after.json", stamp, lambda: measure("After"))
+    started = time.perf_counter()
     routing = observe(model, tokenizer, rows, rows=ROUTED)
+    seconds += time.perf_counter() - started
 
     scores = join_scores(before["scores"], after["scores"])
-    seconds = round(time.perf_counter() - started, 1)
+    trained_seconds = _training_seconds(trained)
+    seconds = round(seconds + before["seconds"] + trained_seconds + after["seconds"], 1)
     samples = _samples(rows, before["texts"], after["texts"])
     page = write_report(
         out,
@@ -84,11 +89,28 @@ def main(out: Path, base: str) -> dict[str, Any]:
         ),
     )
     _show(say, scores, samples)
-    minutes = f"{trained['seconds']:.0f} s of training, {seconds:.0f} s in all"
+    minutes = f"{trained_seconds:.0f} s of training, {seconds:.0f} s in all"
     say(f"\n{minutes}. Open [bold]{page}[/]; the adapter is in [bold]{out / 'adapter'}[/].")
-    say(f"Try it:  loramux generate --base {folder} --adapter {out / 'adapter'} --prompt TEXT")
+    say(f"Try it:  loramux generate --base {resolved} --adapter {out / 'adapter'} --prompt TEXT")
     result: dict[str, Any] = json.loads((out / "report.json").read_text())
     return result
+
+
+def base_stamp(base: str) -> str:
+    """Digest of a base that has been loaded: all of its weight files; a hub id is in the hub's cache by then."""
+    from loramux.errors import FetchError
+    from loramux.formats.digest import base_digest
+    from loramux.persist.base import checkpoint_folder
+
+    folder = checkpoint_folder(base)
+    if folder is None:
+        raise FetchError(f"{base}: is not in the hub's cache; give the folder of the checkpoint")
+    return base_digest(folder)
+
+
+def _training_seconds(trained: dict[str, Any]) -> float:
+    """Of a run that was interrupted, the jobs know the steps of every part, the result the last part only."""
+    return max(float(trained["seconds"]), sum(float(job["seconds"]) for job in trained["jobs"]))
 
 
 def _tasks(recipe: Any) -> list[str]:
@@ -123,15 +145,17 @@ def _once(path: Path, stamp: str, make: Callable[[], dict[str, Any]]) -> dict[st
         stored = json.loads(path.read_text())
         if stored.get("stamp") == stamp:
             return dict(stored)
-    result = {"stamp": stamp, **make()}
+    started = time.perf_counter()
+    made = make()
+    result = {"stamp": stamp, "seconds": time.perf_counter() - started, **made}
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(result, indent=1))
     unfinished.replace(path)
     return result
 
 
-def _digest(*files: Path) -> str:
-    digest = hashlib.sha256()
+def _digest(base: str, *files: Path) -> str:
+    digest = hashlib.sha256(base.encode())
     for file in files:
         with file.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())

@@ -106,8 +106,8 @@ def _first_line_complete(tokenizer: Any, width: int) -> Any:
 
 def bleu(
     texts: Sequence[str], references: Sequence[Sequence[str]], *, seed: int = 0
-) -> tuple[float, float]:
-    """Corpus BLEU (0 to 100, sacrebleu's defaults) and its standard error.
+) -> tuple[float, float | None]:
+    """Corpus BLEU (0 to 100, sacrebleu's defaults) and its standard error; None for a single row.
 
     The error is the spread over 1000 resamples of the rows: corpus BLEU is no mean over rows.
     """
@@ -127,7 +127,7 @@ def bleu(
     streams: Any = [[row[j] if j < len(row) else None for row in references] for j in range(most)]
     value = float(BLEU().corpus_score(list(texts), streams).score)
     if len(texts) == 1:
-        return value, 0.0
+        return value, None
     rows = [
         BLEU().corpus_score([t], [[r] for r in refs])
         for t, refs in zip(texts, references, strict=True)

@@ -45,15 +45,16 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loramux.fetch import resolve_base
+    from loramux.fetch import reading_base, resolve_base
 
     folder = resolve_base(str(base))
 
     if threads is not None:
         torch.set_num_threads(threads)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     chosen = "auto" if dtype is None else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen).eval()
+    with reading_base(base):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen).eval()
     handle = None
     if adapter is not None:
         import loramux

@@ -130,7 +130,9 @@ class LateGate(Router):
         b_RO = rows.b.detach().to(t_NR.dtype) * rows.spans.row_scale_R.to(t_NR).unsqueeze(1)
         if self._gram is None or self._gram[0] != key:
             same_RR = slot_R.unsqueeze(0) == slot_R.unsqueeze(1)
-            with torch.inference_mode(False):  # kept, so a later backward pass must be able to use them
+            with torch.inference_mode(
+                False
+            ):  # kept, so a later backward pass must be able to use them
                 wide_RO = b_RO.clone()
                 gram_RR = (wide_RO @ wide_RO.T) * same_RR.clone()
                 mean_R = wide_RO.sum(1) / (self.num_experts * wide_RO.shape[1])

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from loramux.core.attach import HOLDER
 from loramux.formats.digest import base_digest, model_digest
 from loramux.formats.errors import FormatError
+from loramux.formats.jsonio import read_json_object, write_json
 
+RECORD = "loramux.json"  # beside a PEFT folder's own files: which base it belongs to
+SAMPLE = 32  # entries per weight
 IN_MEMORY = "model:"  # how `model_digest` begins
 
 
@@ -48,3 +54,43 @@ def check_base_digest(model: nn.Module, expected: str | None, name: str | None) 
             f"{getattr(model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or pass "
             "check_base=False if you know that it holds the same weights in another form"
         )
+
+
+def write_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> None:
+    """Note the base of a plain adapter, whose PEFT files have no place for it. PEFT ignores this file."""
+    record = {
+        "schema_version": 1,
+        "base_name": getattr(model, "name_or_path", "") or "",
+        "base_sample": base_sample(model, paths),
+    }
+    write_json(folder / RECORD, record)
+
+
+def check_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> None:
+    """Refuse another base than the one noted; folders of other tools note none and are taken as they are."""
+    if not (folder / RECORD).is_file():
+        return
+    record = read_json_object(folder / RECORD)
+    found, expected = base_sample(model, paths), record.get("base_sample")
+    if found is not None and expected is not None and found != expected:
+        raise FormatError(
+            f"{folder} was trained on another base ({record.get('base_name') or 'unnamed'}): the weights of the "
+            "linears it targets differ; load that base, or pass check_base=False if you know better"
+        )
+
+
+def base_sample(model: nn.Module, paths: Iterable[str]) -> str | None:
+    """SHA-256 over the shape and the first entries of the targeted weights, in bf16 so that a cast base is the same.
+
+    None where weights are quantised. A sample, not a digest: it tells bases apart, it does not prove them equal.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        weight = model.get_submodule(path).weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_floating_point():
+            return None
+        head = weight.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{path}{tuple(weight.shape)}".encode())
+        digest.update(head.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.bank import Rows
+from loramux.core.guards import check_name
 from loramux.core.method import Method
 from loramux.core.types import Site
 from loramux.formats.errors import FormatError
@@ -25,7 +26,7 @@ from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
 from loramux.methods.mole import expert_names
 from loramux.ops.contract import Spans
-from loramux.persist.base import check_base_digest
+from loramux.persist.base import check_base_digest, check_base_record
 from loramux.persist.names import slot_order
 from loramux.persist.published import mixlora_adapter
 
@@ -41,7 +42,8 @@ def read_adapter(
     check_base: bool,
 ) -> Adapter:
     """Build the adapter a folder holds, checked against the model's sites; the model is not touched."""
-    name = name if name is not None else folder.name
+    name = name if name is not None else folder.resolve().name
+    check_name(name)
     if not folder.is_dir():
         raise FormatError(f"{folder} is not a folder; give the folder an adapter was saved to")
     if is_mixture(folder):
@@ -56,6 +58,8 @@ def read_adapter(
         for path in zero_sites(tensors) if not trainable else ():
             log.warning("%s: the rows of %s are zero and change nothing", folder, path)
         adapter = _from_peft(sites, tensors, name, str(folder))
+        if check_base:
+            check_base_record(folder, model, tensors.sites)
     adapter.set_trainable(trainable)
     return adapter
 

@@ -16,7 +16,7 @@ from loramux.formats.mixture import write_mixture
 from loramux.formats.peft import peft_config, write_peft
 from loramux.formats.scaling import site_scaling, target_names, uneven
 from loramux.formats.tensors import AdapterTensors, SiteTensors
-from loramux.persist.base import digest_of_base
+from loramux.persist.base import digest_of_base, write_base_record
 from loramux.persist.names import expert_name, slot_order
 from loramux.persist.published import mixlora_config, mixlora_tensors
 
@@ -28,6 +28,7 @@ def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
     if method.servability == "static":
         (tensors,) = experts.values()
         write_peft(folder, tensors)
+        write_base_record(folder, model, tensors.sites)
         return folder
     config = method.config.to_dict()
     if adapter.experts:

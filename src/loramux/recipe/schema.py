@@ -94,7 +94,9 @@ class DataConfig(_Strict):
 class TrainingConfig(_Strict):
     """Exactly one of `steps` (optimizer steps) and `epochs` must be given."""
 
-    learning_rate: float | None = Field(1e-4, gt=0, description="null: the method's own default")
+    learning_rate: float | None = Field(
+        None, gt=0, description="the method's own default without it"
+    )
     steps: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
     micro_batch_size: int = Field(8, ge=1)

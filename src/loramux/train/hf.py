@@ -30,6 +30,9 @@ class RouterCallback(TrainerCallback):
     With every log of the trainer come `router/ADAPTER/entropy` and, with `shares`, the share of every expert per layer:
     in `trainer.state.log_history`, in the logs handed to the callbacks after this one, and as TensorBoard files in
     `tensorboard` if that folder is given. `name` chooses one adapter; None is all of them.
+
+    The stock Trainer cannot read adapters back: `load_best_model_at_end` is refused, and `resume_from_checkpoint` is not
+    covered. `loramux train` does both.
     """
 
     def __init__(
@@ -51,6 +54,11 @@ class RouterCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True is not possible here: the stock Trainer cannot read adapters back; set it "
+                "to False, or use `loramux train`, which keeps the adapter of the best validation"
+            )
         if self.tensorboard is not None and state.is_world_process_zero:
             from torch.utils.tensorboard import SummaryWriter
 

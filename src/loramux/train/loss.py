@@ -51,7 +51,7 @@ class SupervisedForward:
         rows, columns = where[0].to(device), where[1].to(device)
         self._where = rows, columns
         try:
-            logits = self.model(**_call(batch, device), use_cache=False).logits
+            logits = self.model(**forward_inputs(batch, device), use_cache=False).logits
             if self._where is not None:  # a model whose head the hook did not reach
                 logits = logits[rows, columns]
         finally:
@@ -68,11 +68,12 @@ class SupervisedForward:
         return (hidden_BTD[rows, columns].unsqueeze(0), *args[1:])
 
 
-def _call(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def forward_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What a model call takes of a collated batch, on the model's device."""
     call = {key: batch[key].to(device) for key in _CALL_KEYS if key in batch}
     if "segment_ids" in call:
         # Without a mask transformers derives it from positions that start again, for every attention kernel and with
-        # sliding windows, which a ready-made block mask would override.
+        # sliding windows, which a ready-made block mask would override. `check_packing` refuses models that do not.
         call.pop("attention_mask", None)
     return call
 

@@ -55,12 +55,18 @@ def train_recipe(
     start = time.perf_counter()
     out = Path(out)
     jobs = recipe.jobs_resolved()
+    is_new = not (out / RUN).exists()
     _claim(out, jobs, resume)
     done = _result_of(out)
     if done is not None:
         log.info("%s: this run is complete; nothing to do", out)
         return done
-    trainer = build_trainer(jobs, out, resume, [*_displays(out, progress), *callbacks])
+    try:
+        trainer = build_trainer(jobs, out, resume, [*_displays(out, progress), *callbacks])
+    except LoramuxError:
+        if is_new:  # a recipe that is put right must not be another run
+            (out / RUN).unlink()
+        raise
     with _stopped_by_signals(trainer) as was_stopped:
         results = trainer.run()
     if was_stopped() and any(result.status == "running" for result in results):
@@ -80,17 +86,20 @@ def build_trainer(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loramux.fetch import resolve_base
+    from loramux.fetch import reading_base, resolve_base
     from loramux.train.trainer import Trainer
 
     first = jobs[0]
     if first.threads is not None:
         torch.set_num_threads(first.threads)
     base = resolve_base(first.base, dtype=first.dtype)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    with reading_base(first.base):
+        tokenizer = AutoTokenizer.from_pretrained(base)
     # Data first: what is wrong with it shows before the base is loaded.
     built = [build_job(job, tokenizer) for job in jobs]
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
+    model: Any
+    with reading_base(first.base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     handle = attach_jobs(model, jobs)
     return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)

@@ -20,6 +20,7 @@ from loramux.train.checkpoint import CheckpointError, CheckpointStore, refuse_ot
 from loramux.train.events import Listener
 from loramux.train.job import Job, Status
 from loramux.train.loss import SupervisedForward
+from loramux.train.packing import check_packing
 from loramux.train.runner import JobRunner
 
 if TYPE_CHECKING:
@@ -75,6 +76,9 @@ class Trainer:
             raise ValueError(
                 f"no adapters named {missing} on the handle; add them with handle.add(config, name=...) first"
             )
+        packed = next((job for job in jobs if job.packing), None)
+        if packed is not None:
+            check_packing(model, handle, packed.train)
         self.model = model
         self.handle = handle
         self.out = out
