@@ -31,8 +31,8 @@ class RouterCallback(TrainerCallback):
     in `trainer.state.log_history`, in the logs handed to the callbacks after this one, and as TensorBoard files in
     `tensorboard` if that folder is given. `name` chooses one adapter; None is all of them.
 
-    The stock Trainer cannot read adapters back: `load_best_model_at_end` is refused, and `resume_from_checkpoint` is not
-    covered. `loramux train` does both.
+    The stock Trainer cannot read adapters back: `load_best_model_at_end` is refused, and `resume_from_checkpoint` is
+    not covered. `loramux train` does both.
     """
 
     def __init__(

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from loramux.api import Handle
 
 TRIAL_TOKENS = 12
-# Rounding of another shape, and what half precision adds to it; samples that see each other differ by a tenth or more.
-TOLERANCE, HALF_TOLERANCE = 1e-3, 5e-2
+# Alone and packed are calls of other shapes, so they round differently: half precision by 0.03 after 30 layers. What
+# stands before a sample changes nothing at all, where it is not seen.
+TOLERANCE, HALF_TOLERANCE, BESIDE_TOLERANCE = 1e-3, 0.2, 1e-2
 
 
 class PackingError(LoramuxError):
@@ -36,27 +37,28 @@ def check_packing(model: nn.Module, handle: Handle, examples: Sequence[Example])
     handle.use(None)
     model.eval()
     try:
-        error = _packing_error(model, examples)
+        from_alone, from_beside = _distances(model, examples)
     finally:
         model.train(before)
         handle.use(active)
     half = next(model.parameters()).dtype.itemsize < 4
-    if not error <= (HALF_TOLERANCE if half else TOLERANCE):
+    near = from_alone <= (HALF_TOLERANCE if half else TOLERANCE)
+    if not (near and from_beside <= (BESIDE_TOLERANCE if half else TOLERANCE)):
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise PackingError(
             f"a model of type {kind!r} cannot train on packed rows: its samples would see each other "
-            f"(their logits change by {error:.0%}); set data.packing: false"
+            f"(their logits change by {max(from_alone, from_beside):.0%}); set data.packing: false"
         )
 
 
 @torch.no_grad()
-def _packing_error(model: nn.Module, examples: Sequence[Example]) -> float:
+def _distances(model: nn.Module, examples: Sequence[Example]) -> tuple[float, float]:
     """How far the second sample of a packed row is from itself alone, and from itself behind another first one."""
     first, other, second = _samples(examples)
     alone_TV = _logits(model, [second])
     packed_TV = _logits(model, [first, second])
     beside_TV = _logits(model, [other, second])
-    return max(_distance(alone_TV, packed_TV), _distance(packed_TV, beside_TV))
+    return _distance(alone_TV, packed_TV), _distance(packed_TV, beside_TV)
 
 
 def _samples(examples: Sequence[Example]) -> list[Example]:
@@ -77,6 +79,6 @@ def _logits(model: nn.Module, samples: Sequence[Example]) -> Tensor:
 
 
 def _distance(one_TV: Tensor, two_TV: Tensor) -> float:
-    """Relative to the spread of the logits, at the median position: half precision may flip a choice at a single one."""
+    """Relative to the spread of the logits, at the median position: single ones may round to another expert."""
     centred_TV = one_TV - one_TV.mean(-1, keepdim=True)
     return float(((one_TV - two_TV).norm(dim=-1) / centred_TV.norm(dim=-1)).median())
