@@ -159,6 +159,7 @@ def new_adapter(model: nn.Module, sites: list[Site], config: MethodConfig, name:
     if config.target_modules is None:
         refuse_fused_experts(model, sites)
     chosen = select_sites(sites, config)
+    config.check_patterns([site.path for site in chosen])
     method.check_sites(chosen)
     rows = {site.path: _fresh(model, site, method) for site in chosen}
     adapter = Adapter(name, method, {s.path: s for s in chosen}, rows, method.routers(chosen))

@@ -37,11 +37,60 @@ def published(handle: loramux.Handle, folder: Path, **changes: Any) -> Path:
 def test_9_the_published_layout_loads_with_the_oracles_logits(
     tmp_path: Path, strategy: str, dora: bool
 ):
-    _, handle, params = attached(dora=dora, routing_strategy=strategy)
+    _, handle, params = attached(dora=dora, routing_strategy=strategy, published_parity=True)
     folder = published(handle, tmp_path / "published")
     loaded = loramux.load(build_pico("llama"), folder, backend="reference")
-    expected, _ = oracle_of("llama", params, False, strategy=strategy)
+    expected, _ = oracle_of("llama", params, False, strategy=strategy, multiply=True)
     close(run(loaded.model).detach()[REAL], expected[REAL].detach())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"routing_strategy": "mixlora-switch"},
+        {"routing_strategy": "mixlora-dynamic", "renormalise_top_p": True},
+        {"routing_strategy": "mixlora-dynamic", "temperature": 0.7},
+    ],
+)
+def test_9_a_rule_the_published_layout_cannot_say_is_refused_instead_of_changed(
+    tmp_path: Path, settings: dict[str, Any]
+):
+    _, handle, _ = attached(**settings)
+    with pytest.raises(ValueError, match="cannot say"):
+        handle.save(tmp_path / "published", layout="mixlora")
+    assert not (tmp_path / "published").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "ours", "theirs"),
+    [
+        ({"top_k": 1}, 1e-3, 1e-3),
+        ({"top_k": 2}, 2e-3, 1e-3),
+        ({"top_k": 3}, 3e-3, 1e-3),
+        ({"top_k": 3, "aux_form": "code"}, 1e-3, 1e-3),
+        ({"routing_strategy": "mixlora-switch", "published_parity": True}, 1e-3, 1e-3),
+        ({"routing_strategy": "mixlora-dynamic"}, 1e-3, 1e-3),
+        ({"top_k": 2, "router_aux_loss_coef": 0.5}, 0.5, 0.25),
+    ],
+)
+def test_9_the_written_coefficient_weighs_the_published_loss_as_ours_weighs_our_own(
+    settings: dict[str, Any], ours: float, theirs: float
+):
+    _, handle, _ = attached(**settings)
+    config = adapter_of(handle).method.config
+    assert isinstance(config, loramux.MixLoRAConfig)
+    assert config.router_aux_loss_coef == pytest.approx(ours)
+    written = mixlora_config(adapter_of(handle))["router_aux_loss_coef"]
+    assert written == pytest.approx(theirs)
+
+
+def test_targets_without_a_layer_that_holds_experts_are_refused_and_the_model_untouched():
+    model = build_pico("llama")
+    before = list(model.state_dict())
+    config = loramux.MixLoRAConfig(sparse_step=2, layers_to_transform=(1,))
+    with pytest.raises(ValueError, match=r"sparse_step=2 .* targeted ones are \[1\]"):
+        loramux.attach(model, config)
+    assert list(model.state_dict()) == before
 
 
 def test_9_experts_of_another_rank_than_attention_load_with_the_oracles_logits(tmp_path: Path):

@@ -40,6 +40,14 @@ CLOSE_ROWS = (
     Compared("decode, one base", s.MILORA, s.LORA, "milora/lora", s.LORA_COPY),
     Compared("control, one base", s.LORA_COPY, s.LORA, None, s.LORA_COPY),
 )
+ALIKE = {  # computes the same as
+    s.BARE_COPY: s.BARE,
+    s.LORA_COPY: s.LORA,
+    s.LORA_FP32: s.LORA,
+    s.PEFT: s.LORA,
+    s.PEFT_FP32: s.LORA,
+    s.PACKAGE: s.MIXLORA,
+}
 ONE_REQUEST = ("mixlora/bare",)  # targets that hold for batch 1 only
 
 
@@ -130,7 +138,6 @@ def check_outputs(decoders: Mapping[str, Decoder]) -> None:
     for name in logits.keys() - {s.BARE, s.BARE_COPY}:
         if not (logits[name] - logits[s.BARE]).abs().mean() > 0.05 * change:
             raise RuntimeError(f"{s.TITLES[name]} gives the bare model's outputs; not timing that")
-    for name in (s.BARE_COPY, s.LORA_COPY, s.LORA_FP32, s.PEFT, s.PEFT_FP32):
-        same = s.BARE if name == s.BARE_COPY else s.LORA
+    for name, same in ALIKE.items():
         if name in logits and (logits[name] - logits[same]).abs().mean() > 0.2 * change:
             raise RuntimeError(f"{s.TITLES[name]} and {s.TITLES[same]} differ; not comparing them")

@@ -113,6 +113,7 @@ def _package(base: PreTrainedModel, folder: Any) -> Any:
             "target_modules": sorted({site.name.split(".")[-1] for site in adapter.sites.values()}),
             "num_experts": adapter.method.config.num_experts,
             "top_k": adapter.method.config.top_k,
+            "act_fn": base.config.hidden_act,  # blank means None to it, and fails
         }
     )
     config.dtype_ = torch.bfloat16

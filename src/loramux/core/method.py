@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loramux.core.router import Router
 from loramux.core.types import Expert, RouteRecord, Servability, Site
+from loramux.core.values import check_positive, check_regex, check_share, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +45,56 @@ class MethodConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", self.default_alpha())
+        if isinstance(self.layers_to_transform, int):
+            object.__setattr__(self, "layers_to_transform", (self.layers_to_transform,))
         for name, allowed in _choices(type(self)).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        if not (isinstance(self.r, int) and self.r > 0):
-            raise ValueError(f"r must be a positive integer, got {self.r!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout!r}")
+        check_whole("r", self.r)
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", self.default_alpha())
+        check_positive("lora_alpha", self.lora_alpha)
+        check_share("lora_dropout", self.lora_dropout)
+        self._check_targets()
+        self._check_pattern_values()
+
+    def _check_targets(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_regex(name, value)
+            elif value is not None and not _all_of(value, str):
+                raise ValueError(
+                    f"{name} must be a list of names or one regular expression, got {value!r}"
+                )
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        if not _all_of(layers, int):
+            raise ValueError(
+                f"layers_to_transform must be a layer number or a list of them, got {layers!r}"
+            )
+        for layer in layers:
+            check_whole("layers_to_transform", layer, least=0)
+
+    def _check_pattern_values(self) -> None:
+        for name, check in (("rank_pattern", check_whole), ("alpha_pattern", check_positive)):
+            pattern = getattr(self, name)
+            if not isinstance(pattern, Mapping) or not _all_of(tuple(pattern), str):
+                raise ValueError(f"{name} must map names of linears to values, got {pattern!r}")
+            for key, value in pattern.items():
+                check_regex(f"the key {key!r} of {name}", key, _at_end(key))
+                check(f"{name}[{key!r}]", value)
+
+    def check_patterns(self, paths: Sequence[str]) -> None:
+        """Refuse a key of rank_pattern or alpha_pattern that none of the targeted `paths` matches."""
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                if not any(re.match(_at_end(key), path) for path in paths):
+                    raise ValueError(
+                        f"{name} names {key!r}, which no targeted linear matches; keys are ends of paths at a dot, or "
+                        f"regular expressions, as for {paths[0] if paths else 'no linear'!r}"
+                    )
 
     def default_alpha(self) -> float:
         """lora_alpha when none is given."""
@@ -87,9 +129,17 @@ def _plain(value: Any) -> Any:
 def _by_pattern(pattern: Mapping[str, Any], path: str, default: Any) -> Any:
     """PEFT's rule: the first key that, as a regex, matches the end of the path at a dot."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if re.match(_at_end(key), path):
             return value
     return default
+
+
+def _at_end(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _all_of(values: Any, kind: type) -> bool:
+    return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
 
 
 class Method:
@@ -100,7 +150,9 @@ class Method:
     paper: ClassVar[str]
     granularity: ClassVar[str]
     routing_unit: ClassVar[str]
-    servability: ClassVar[Servability]
+    servability: (
+        Servability  # of the class, for listings; an instance may be better under its config
+    )
     config_class: ClassVar[type[MethodConfig]]
     default_learning_rate: ClassVar[float] = 1e-4
     needs_adapters: ClassVar[bool] = False
@@ -127,7 +179,3 @@ class Method:
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """Named auxiliary losses of one forward pass, coefficients applied."""
         return {}
-
-    def expert_names(self, num: int) -> tuple[str, ...]:
-        """Names of the experts of a site, in slot order."""
-        return tuple(str(i) for i in range(num))

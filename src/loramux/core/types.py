@@ -7,7 +7,7 @@ C sites of a layer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -68,10 +68,6 @@ class Route:
     combine: Literal["sum", "rows"] = "sum"
     per_request: bool = False
     sums_to_one: bool = True
-
-    def with_weight(self, weight: Tensor, slot: Tensor | None = None) -> Route:
-        """This route refined to `slot` with these weights."""
-        return replace(self, weight=weight, slot=slot)
 
 
 EVERYTHING = Route()

@@ -35,6 +35,7 @@ from loramux.core.router import (
     top_k_stable,
 )
 from loramux.core.types import Route, RouteRecord, Site
+from loramux.core.values import check_not_negative, check_whole
 
 # Least squares fit of GELU on [-3, 3], largest error 1.2e-4 (ours; the paper says only that it starts near GELU).
 GELU_NUMERATOR = (2.812e-05, 0.5, 0.39850089, 0.16236861, 0.06410833, 0.01833195, 0.00210176)
@@ -64,8 +65,9 @@ class MiLoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        check_whole("top_k", self.top_k)
+        check_not_negative("router_aux_loss_coef", self.router_aux_loss_coef)
+        check_not_negative("router_init_range", self.router_init_range)
 
     def default_alpha(self) -> float:
         return float(self.r)

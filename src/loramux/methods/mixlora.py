@@ -25,6 +25,13 @@ from torch import Tensor, nn
 from loramux.core.method import Method, MethodConfig
 from loramux.core.router import Router, RouteView, mean_over, switch_balance, top_k_stable
 from loramux.core.types import Expert, Route, RouteRecord, Site
+from loramux.core.values import (
+    check_not_negative,
+    check_positive,
+    check_share,
+    check_whole,
+    is_number,
+)
 
 Strategy = Literal["mixlora", "mixlora-dynamic", "mixlora-switch"]
 
@@ -36,7 +43,8 @@ class MixLoRAConfig(MethodConfig):
     routing_strategy: "mixlora" top-k, renormalised; "mixlora-dynamic" the fewest experts whose probability reaches
     top_p; "mixlora-switch" one expert within a capacity. Fields that only one of them reads are ignored by the others.
     aux_form: "balanced" is 1 when balanced, whatever k (ours, per layer, mean over layers); "code" is the released
-    code's (k when balanced, all layers pooled). The coefficient None is 2e-3 for "balanced" and 1e-3 for "code".
+    code's (all layers pooled; balanced it is k, for the switch 1, for dynamic the mean number of experts chosen). The
+    coefficient None is the released 1e-3, times top_k for "balanced" with "mixlora", which then weighs the same.
     """
 
     method = "mixlora"
@@ -62,26 +70,45 @@ class MixLoRAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_whole("top_k", self.top_k)  # before a default is computed from it
         switch = self.routing_strategy == "mixlora-switch"
         defaults = {
-            "router_aux_loss_coef": 1e-3 if self.aux_form == "code" else 2e-3,
+            "router_aux_loss_coef": 1e-3 * self.code_form_scale,
             "router_init_range": 1.0 if switch else 0.02,
             "jitter_noise": 0.01 if switch else 0.0,
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        if not 1 <= self.top_k <= self.num_experts:
+        for name in ("num_experts", "sparse_step", "expert_capacity"):
+            check_whole(name, getattr(self, name))
+        if self.expert_r is not None:
+            check_whole("expert_r", self.expert_r)
+        if self.expert_alpha is not None:
+            check_positive("expert_alpha", self.expert_alpha)
+        coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
+        for name in (*coefficients, "router_init_range", "temperature"):
+            check_not_negative(name, getattr(self, name))
+        check_share("jitter_noise", self.jitter_noise)
+        if self.top_k > self.num_experts:
             raise ValueError(
                 f"top_k must be in 1..num_experts ({self.num_experts}), got {self.top_k}"
             )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.sparse_step < 1 or self.expert_capacity < 1:
-            raise ValueError("sparse_step and expert_capacity must be at least 1")
+        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p!r}")
 
     def default_alpha(self) -> float:
         return 32.0
+
+    @property
+    def code_form_scale(self) -> int:
+        """What the released balance loss is, relative to this config's form, when balanced.
+
+        For dynamic that is the number of experts chosen, known only after routing: 1 stands in for it.
+        """
+        return (
+            self.top_k if (self.aux_form, self.routing_strategy) == ("balanced", "mixlora") else 1
+        )
 
     @property
     def normalised(self) -> bool:
@@ -216,6 +243,13 @@ class MixLoRAMethod(Method):
         if not any(site.kind == "ffn" for site in sites):
             raise ValueError(
                 "MixLoRA puts its experts into the FFN; target at least one FFN linear"
+            )
+        if not any(self._is_sparse(site) for site in sites):
+            step = self.config.sparse_step
+            layers = sorted({site.layer for site in sites if site.kind == "ffn"})
+            raise ValueError(
+                f"no targeted FFN is in a layer that holds experts: sparse_step={step} allows layers 0, {step}, "
+                f"{2 * step}, ..., the targeted ones are {layers}; lower sparse_step or widen layers_to_transform"
             )
 
     def routers(self, sites: Sequence[Site]) -> dict[str, Router]:

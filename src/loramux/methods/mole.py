@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from loramux.core.bank import Rows
 from loramux.core.method import Method, MethodConfig
 from loramux.core.router import Router, RouteView, mean_over, segment_softmax, segment_sum
-from loramux.core.types import Route, RouteRecord, Site, When
+from loramux.core.types import Route, RouteRecord, Servability, Site, When
+from loramux.core.values import check_not_negative
 
 NORM_EPS = 1e-5
 NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
@@ -57,6 +58,11 @@ class MoLEConfig(MethodConfig):
         super().__post_init__()
         if isinstance(self.adapters, list):
             object.__setattr__(self, "adapters", tuple(self.adapters))
+        if not isinstance(self.adapters, tuple) or not all(
+            isinstance(folder, str) for folder in self.adapters
+        ):
+            raise ValueError(f"adapters must be a list of folders, got {self.adapters!r}")
+        check_not_negative("router_aux_loss_coef", self.router_aux_loss_coef)
         if self.lora_dropout or self.use_dora:
             raise ValueError(
                 "MoLE trains gates over frozen adapters: lora_dropout and use_dora do not apply"
@@ -146,7 +152,7 @@ class MoLEMethod(Method):
     paper = "arXiv 2404.13628"
     granularity = "expert (frozen LoRAs)"
     routing_unit = "token"
-    servability = "per_token"
+    servability: Servability = "per_token"
     config_class = MoLEConfig
     default_learning_rate = (
         1e-3  # ours, for pooled gates; the paper's 1e-5 is for its flattened gate
@@ -158,6 +164,8 @@ class MoLEMethod(Method):
     def __init__(self, config: MoLEConfig):
         super().__init__(config)
         self._units: dict[str, str] = {}
+        if config.pool == "prompt_mean":
+            self.servability = "per_request"  # gates are fixed once the prompt is read
 
     def routers(self, sites: Sequence[Site]) -> dict[str, Router]:
         names = self.names

@@ -46,7 +46,9 @@ def mixlora_adapter(
     name: str,
     activation: str | None = None,
 ) -> Adapter:
-    """Check the tensors against the model's sites and stack the experts; routes as the published code does.
+    """Check the tensors against the model's sites and stack the experts; routes as the published training code does.
+
+    So the switch weighs an expert with p, as its weights were trained; capacity applies in training only.
 
     `activation` is the model's own: the experts run inside its FFN, so a file that names another is refused.
     """
@@ -56,7 +58,7 @@ def mixlora_adapter(
         target_modules=(*tensors.attention, *tensors.ffn),
         aux_form="code",
         **{ours: expert_setting(config, theirs) for theirs, ours in OF_EXPERTS.items()},
-        published_parity=config["routing_strategy"] == "mixlora-dynamic",
+        published_parity=config["routing_strategy"] != "mixlora",
     )
     experts = {**{path: [t] for path, t in tensors.attention.items()}, **tensors.ffn}
     found = _matching(sites, experts)
@@ -152,6 +154,7 @@ def mixlora_config(adapter: Adapter, base_name: str = "") -> dict[str, Any]:
     """adapter_config.json of the published layout for an attached MixLoRA."""
     own = adapter.method.config
     assert isinstance(own, MixLoRAConfig)
+    _check_expressible(own)
     values = own.to_dict()
     targets = sorted({site.name.rpartition(".")[2] for site in adapter.sites.values()})
     return {
@@ -169,7 +172,26 @@ def mixlora_config(adapter: Adapter, base_name: str = "") -> dict[str, Any]:
     }
 
 
+def _check_expressible(config: MixLoRAConfig) -> None:
+    """The published layout has no field for our deviations: read back, the file would route otherwise."""
+    strategy = config.routing_strategy
+    parity = config.published_parity
+    ours = None
+    if strategy == "mixlora-switch" and not parity:
+        ours = "mixlora-switch without published_parity=True (weight 1; the published one is p)"
+    elif strategy == "mixlora-dynamic" and config.renormalise_top_p:
+        ours = "renormalise_top_p=True"
+    elif strategy == "mixlora-dynamic" and config.temperature > 0 and not parity:
+        ours = (
+            f"temperature={config.temperature} on logits (the published one divides probabilities)"
+        )
+    if ours is not None:
+        raise ValueError(
+            f"the published MixLoRA layout cannot say {ours}; save with layout='own', or train under the published rule"
+        )
+
+
 def _published_coefficient(config: MixLoRAConfig) -> float:
-    """The published loss is top_k when balanced, ours 1: the coefficient that weighs the same."""
+    """The coefficient that weighs the published form of the loss as this config's weighs its own."""
     assert config.router_aux_loss_coef is not None
-    return config.router_aux_loss_coef / (1 if config.aux_form == "code" else config.top_k)
+    return config.router_aux_loss_coef / config.code_form_scale
