@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from loramux.cli.output import JsonOption, emit, only_json, table
+from loramux.cli.output import STDOUT, JsonOption, emit, only_json, table
 
 
 class What(StrEnum):
@@ -17,7 +18,7 @@ class What(StrEnum):
     train = "train"
 
 
-KEYS = ("what", "variant", "reference", "batch", "adapters", "ratio", "low", "high", "target")
+COLUMNS = ("what", "batch", "variant", "reference", "ratio", "95 %", "target", "verdict")
 
 
 def bench(
@@ -25,20 +26,35 @@ def bench(
     quick: Annotated[
         bool, typer.Option("--quick", help="Few rounds on a small model: does it run?")
     ] = False,
+    base: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A checkpoint instead of random weights.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Time variants against references; ratios are medians of paired rounds.
+
+    With --json FILE a picture, FILE with the ending .png, is written beside it.
 
     Example: loramux bench decode --quick --json bench.json
     """
     with only_json(json):
         from loramux.bench.run import bench as run
 
-        result = run(what.value, quick)
+        result = run(what.value, quick, base=base)
     emit(result, json, _show)
+    if json is not None and json != STDOUT:
+        from loramux.bench.plot import save_chart
+
+        save_chart(result, Path(json).with_suffix(".png"))
 
 
 def _show(result: dict[str, Any]) -> None:
-    table(
-        "time(variant) / time(reference)", KEYS, [[r.get(k) for k in KEYS] for r in result["rows"]]
-    )
+    rows = [
+        [
+            *(row.get(key) for key in ("what", "batch", "variant", "reference", "ratio")),
+            f"{row['low']:.3f} - {row['high']:.3f}",
+            *(row.get(key) for key in ("target", "verdict")),
+        ]
+        for row in result["rows"]
+    ]
+    table("time(variant) / time(reference)", COLUMNS, rows)

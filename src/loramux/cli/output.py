@@ -24,6 +24,7 @@ JsonOption = Annotated[
     ),
 ]
 STDOUT = "-"
+PIPE_WIDTH = 160
 
 
 @contextlib.contextmanager
@@ -70,7 +71,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
         made.add_column(name, justify="right" if is_number else "left")
     for row in rows:
         made.add_row(*(escape(_cell(value)) for value in row))
-    Console().print(made)
+    # A file or a pipe has no width of its own: do not squeeze the table into 80 columns.
+    width = None if sys.stdout.isatty() else PIPE_WIDTH
+    Console(width=width).print(made)
 
 
 def _cell(value: Any) -> str:
