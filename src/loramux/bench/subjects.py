@@ -101,18 +101,19 @@ def _package(base: PreTrainedModel, folder: Any) -> Any:
     model = copy_of(base)
     handle = loramux.load(copy_of(base), folder)
     (adapter,) = handle.adapters.values()
+    own: Any = adapter.method.config
     config = MixLoraConfig.from_config(
         {
             "peft_type": "MIXLORA",
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": "",
             "routing_strategy": "mixlora",
-            "r": adapter.method.config.r,
-            "lora_alpha": int(adapter.method.config.lora_alpha),
+            "r": own.r,
+            "lora_alpha": int(own.lora_alpha),
             "lora_dropout": 0.05,  # it insists on some; none is applied in eval mode
             "target_modules": sorted({site.name.split(".")[-1] for site in adapter.sites.values()}),
-            "num_experts": adapter.method.config.num_experts,
-            "top_k": adapter.method.config.top_k,
+            "num_experts": own.num_experts,
+            "top_k": own.top_k,
             "act_fn": base.config.hidden_act,  # blank means None to it, and fails
         }
     )

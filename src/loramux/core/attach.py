@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 HOLDER = "loramux"  # the child of the model that owns all adapters
 
 
-class Attachment:
+class Attachment(ABC):
     """Everything that was done to a model. One per model; `detach` undoes it exactly."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], backend: str = "auto"):
@@ -321,8 +322,9 @@ class Attachment:
         if is_main_process:
             self.save(save_directory)
 
+    @abstractmethod
     def save(self, folder: Any, name: str | None = None) -> Any:
-        raise NotImplementedError("loramux.Handle knows the file formats")
+        """Write one adapter; the file formats lie above this package."""
 
     def detach(self) -> None:
         """Give the model back as it was: the same linear objects, flags and methods; adapters are dropped."""

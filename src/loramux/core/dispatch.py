@@ -349,14 +349,20 @@ class Dispatch:
             and p.rows.a.dtype in KERNEL_DTYPES
             for p in parts
         )
-        choice = choose_backend(
-            device=state.batch.device,
-            dtype=self.weight.dtype,
-            num_rows=state.batch.num_tokens if layout is None else layout.map.num_rows,
-            needs_grad=state.needs_grad,
-            total_rank=sum(p.rows.spans.num_rows for p in parts),
-            requested=self.requested_backend,
-        )
+        num_rows = state.batch.num_tokens if layout is None else layout.map.num_rows
+        total_rank = sum(p.rows.spans.num_rows for p in parts)
+        # Token routes are lowered in every step, and the choice costs as much as a small linear.
+        key = (num_rows, total_rank, self.weight.dtype, self.requested_backend)
+        choice = state.choices.get(key)
+        if choice is None:
+            choice = state.choices[key] = choose_backend(
+                device=state.batch.device,
+                dtype=self.weight.dtype,
+                num_rows=num_rows,
+                needs_grad=state.needs_grad,
+                total_rank=total_rank,
+                requested=self.requested_backend,
+            )
         name, reason = choice.name, choice.reason
         if name == "cpu" and (site.path in self.unfused or not simple):
             name, reason = (

@@ -16,6 +16,7 @@ from loramux.core.batch import Batch
 from loramux.core.plan import Member, OwnRows, Plan, RowLayout
 from loramux.core.router import Recorder, Router
 from loramux.core.types import EVERYTHING, Route, Site
+from loramux.ops.choose import Choice
 from loramux.ops.contract import Pairs
 
 
@@ -47,6 +48,7 @@ class State:
     pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
     step_plans: dict[str, Plan | None] = field(default_factory=dict)
     step_pairs: dict[tuple[object, ...], Pairs | None] = field(default_factory=dict)
+    choices: dict[tuple[object, ...], Choice] = field(default_factory=dict)
 
     @cached_property
     def is_settled(self) -> bool:
