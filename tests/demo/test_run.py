@@ -46,7 +46,7 @@ def test_the_time_of_all_stages_is_kept_over_an_interruption(base: Path, tmp_pat
     result["jobs"][0]["seconds"] = 30.0  # most steps were in a part before an interruption
     (out / "result.json").write_text(json.dumps(result))
     seconds = run.main(out, str(base))["seconds"]
-    assert 1230 < seconds < 1330
+    assert 1230 <= seconds < 1330  # the stages that are not set here may round to nothing
 
 
 def test_a_changed_weight_file_is_measured_again(base: Path, tmp_path: Path) -> None:
