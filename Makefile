@@ -7,15 +7,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
+STORM_ARGS ?=
 
 # One thread per process: two pytest workers with a thread pool each fight for the same cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo tenants test lint format bench storm clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
+
+tenants: $(VENV)/.stamp-demo
+	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux tenants
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -30,8 +34,10 @@ format: $(VENV)/.stamp-dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.stamp-dev
-	$(BIN)/loramux bench decode $(BENCH_ARGS)
-	$(BIN)/loramux bench train $(BENCH_ARGS)
+	for what in decode prefill mixed load residency serve train; do $(BIN)/loramux bench $$what $(BENCH_ARGS) || exit 1; done
+
+storm: $(VENV)/.stamp-dev
+	$(BIN)/python -m loramux.bench.storm $(STORM_ARGS)
 
 $(VENV)/.stamp-torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

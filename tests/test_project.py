@@ -29,6 +29,7 @@ LAYERS = {
     "data": 5,
     "train": 5,
     "eval": 5,
+    "engine": 6,
     "report": 6,
     "bench": 7,
     "demo": 7,

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from loramux.core.method import Method, MethodConfig
     from loramux.core.router import Router, RouteView
     from loramux.core.types import Expert, Route, RouteRecord, Site
+    from loramux.engine.aio import AsyncEngine
+    from loramux.engine.engine import Engine
+    from loramux.engine.request import Completion, Request, SamplingParams
     from loramux.methods import config_from_dict, list_methods, load_method
     from loramux.methods.lora import LoraConfig
     from loramux.methods.milora import MiLoRAConfig
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AsyncEngine": "loramux.engine.aio",
+    "Completion": "loramux.engine.request",
+    "Engine": "loramux.engine.engine",
     "Expert": "loramux.core.types",
     "Handle": "loramux.api",
     "LoraConfig": "loramux.methods.lora",
@@ -32,11 +38,13 @@ _WHERE = {
     "MiLoRAConfig": "loramux.methods.milora",
     "MixLoRAConfig": "loramux.methods.mixlora",
     "MoLEConfig": "loramux.methods.mole",
+    "Request": "loramux.engine.request",
     "Route": "loramux.core.types",
     "RouteRecord": "loramux.core.types",
     "RouteView": "loramux.core.router",
     "Router": "loramux.core.router",
     "Rows": "loramux.core.bank",
+    "SamplingParams": "loramux.engine.request",
     "Site": "loramux.core.types",
     "attach": "loramux.api",
     "config_from_dict": "loramux.methods",
@@ -47,6 +55,9 @@ _WHERE = {
 }
 
 __all__ = [
+    "AsyncEngine",
+    "Completion",
+    "Engine",
     "Expert",
     "Handle",
     "LoraConfig",
@@ -55,11 +66,13 @@ __all__ = [
     "MiLoRAConfig",
     "MixLoRAConfig",
     "MoLEConfig",
+    "Request",
     "Route",
     "RouteRecord",
     "RouteView",
     "Router",
     "Rows",
+    "SamplingParams",
     "Site",
     "__version__",
     "attach",

@@ -6,37 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bench.efforts import PICO, TINY
 from loramux.bench import subjects as s
 from loramux.bench.adapters import save_adapters
 from loramux.bench.decode import Decoder, check_outputs
+from loramux.bench.load import FIRST, FURTHER
 from loramux.bench.memory import memory_rows, peak_in_a_process
 from loramux.bench.plot import save_chart
 from loramux.bench.progress import silent
 from loramux.bench.run import bench
-from loramux.bench.shape import Effort, Shape, build_base, copy_of, one_thread, twin_of
+from loramux.bench.shape import build_base, copy_of, one_thread, twin_of
 from loramux.bench.table import TARGETS
 from loramux.errors import LoramuxError
 
-PICO = Shape("pico", layers=2, width=32, inner=48, heads=4, kv_heads=2, vocab=96)
-TINY = Effort(
-    PICO,
-    decode_rounds=3,
-    close_rounds=4,
-    load_rounds=2,
-    train_rounds=2,
-    memory_runs=0,
-    steps=2,
-    context=8,
-    batches=(1, 2),
-    train_batch=2,
-    train_length=8,
-)
 KEYS = ("what", "variant", "reference", "batch", "adapters", "ratio", "low", "high", "target")
 
 
 @pytest.fixture(scope="module")
 def decoded():
-    return bench("decode", effort=TINY, show_progress=False)
+    return bench("decode", part="models", effort=TINY, show_progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +79,14 @@ def test_decode_compares_what_has_a_target_with_a_control_beside_it(decoded):
     close = find(decoded, "decode, one base", s.MILORA, s.LORA, 1)
     assert (close["target"], close["rounds"]) == (1.0, 4)
     find(decoded, "control, one base", s.LORA_COPY, s.LORA, 1)
-    loads = [row for row in decoded["rows"] if row["what"] == "load"]
-    assert len(loads) == 2
-    assert all(row["target_ms"] == 60 and row["ms"] > 0 and row["wall_ms"] > 0 for row in loads)
+
+
+def test_loading_is_timed_on_both_clocks_and_has_its_target_in_milliseconds():
+    result = bench("load", part="models", effort=TINY, show_progress=False)
+    assert [row["reference"] for row in result["rows"]] == [FIRST, FURTHER]
+    for row in result["rows"]:
+        assert (row["target"], row["target_ms"]) == (None, 60)
+        assert row["ms"] > 0 and row["wall_ms"] > 0
 
 
 def test_training_compares_with_peft_and_with_a_second_peft(trained):
@@ -139,8 +132,10 @@ def test_quick_rows_settle_nothing():
 
 
 def test_another_measurement_is_refused():
-    with pytest.raises(LoramuxError, match="'prefill'"):
-        bench("prefill")
+    with pytest.raises(LoramuxError, match="'prefil'; did you mean 'prefill'"):
+        bench("prefil")
+    with pytest.raises(LoramuxError, match="train has no part 'engine'; allowed: models"):
+        bench("train", part="engine")
 
 
 @pytest.mark.parametrize("name", ["decoded", "trained"])

@@ -21,7 +21,8 @@ method: {name: lora, r: 4}
 data: {train: [{path: "demo:snips/train.jsonl"}]}
 training: {steps: 2}
 """
-VERBS = ["fetch", "train", "eval", "generate", "methods", "bench", "demo", "config schema"]
+VERBS = ["fetch", "train", "eval", "generate", "batch", "methods", "bench", "demo"]
+VERBS += ["tenants", "config schema"]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 

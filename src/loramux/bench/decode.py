@@ -52,12 +52,17 @@ ONE_REQUEST = ("mixlora/bare",)  # targets that hold for batch 1 only
 
 
 class Decoder:
-    """One subject behind its own prompt; a call gives the seconds of `steps` decode steps after `warm` others."""
+    """One subject behind its own prompt; a call gives the seconds of `steps` decode steps after `warm` others.
 
-    def __init__(self, model: Any, prompt_BT: torch.Tensor, steps: int, warm: int = 1):
+    picks: a step also chooses the next tokens (greedy), as an engine's step does.
+    """
+
+    def __init__(
+        self, model: Any, prompt_BT: torch.Tensor, steps: int, warm: int = 1, picks: bool = False
+    ):
         from transformers import DynamicCache
 
-        self.model, self.warm, self.total = model, warm, warm + steps
+        self.model, self.warm, self.total, self.picks = model, warm, warm + steps, picks
         batch, length = prompt_BT.shape
         self.cache = DynamicCache(config=model.config)
         # generate() passes tokens and the growing mask like this.
@@ -88,7 +93,9 @@ class Decoder:
 
     def _timed(self) -> None:
         for i in range(self.warm, self.total):
-            self.step(i)
+            logits = self.step(i)
+            if self.picks:
+                logits[:, -1].argmax(-1).tolist()
 
 
 def decode_rows(models: Mapping[str, Any], effort: Effort, vocab: int, begin: Begin) -> list[Row]:

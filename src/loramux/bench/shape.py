@@ -40,6 +40,8 @@ class Effort:
     """How much is measured. Rounds are paired; a decode round is `steps` steps after one that is not timed.
 
     close_rounds: rounds of single steps for the pair that differs by about a percent, see decode.close_rows.
+    engine_shapes: (requests, context) of decoding batches; mixed: so many requests of each of four kinds.
+    residency: how many adapters are resident. streams: requests that are answered at a time while serving.
     """
 
     shape: Shape
@@ -54,6 +56,22 @@ class Effort:
     batches: tuple[int, ...] = (1, 8)
     train_batch: int = 8
     train_length: int = 128
+    engine_rounds: int = 60
+    engine_shapes: tuple[tuple[int, int], ...] = ((1, 128), (8, 128), (32, 32))
+    prefill_rounds: int = 40
+    prefill_shape: tuple[int, int] = (8, 128)
+    mixed: int = 8
+    mixed_context: int = 32
+    slot_rounds: int = 60
+    residency: tuple[int, ...] = (1, 10, 100, 1000)
+    serve_rounds: int = 6
+    open_rounds: int = 3
+    serve_requests: int = 32
+    serve_adapters: int = 64
+    serve_slots: int = 32
+    serve_prompt: tuple[int, int] = (32, 256)
+    serve_answer: tuple[int, int] = (16, 128)
+    streams: int = 8
 
 
 FULL = Effort(
@@ -69,6 +87,17 @@ QUICK = Effort(
     is_quick=True,
     steps=2,
     train_length=32,
+    engine_rounds=6,
+    prefill_rounds=6,
+    slot_rounds=6,
+    residency=(1, 8, 32),
+    serve_rounds=2,
+    open_rounds=1,
+    serve_requests=12,
+    serve_adapters=8,
+    serve_slots=4,
+    serve_prompt=(8, 32),
+    serve_answer=(4, 16),
 )
 
 

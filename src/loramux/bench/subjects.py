@@ -60,7 +60,7 @@ def line_up(base: PreTrainedModel, folders: Folders, advance: Callable[[], None]
         PEFT_FP32: lambda: _peft(base, folders.lora_fp32),
         MILORA: lambda: _ours(base, folders.milora),
         MIXLORA: lambda: _ours(base, folders.mixlora),
-        PACKAGE: lambda: _package(base, folders.mixlora),
+        PACKAGE: lambda: package(copy_of(base), folders.mixlora),
     }
     models, absent = {}, {}
     for name, make in makers.items():
@@ -93,13 +93,12 @@ def _peft(base: PreTrainedModel, folder: Any, **options: Any) -> Any:
     return PeftModel.from_pretrained(copy_of(base), folder, **options).eval()
 
 
-def _package(base: PreTrainedModel, folder: Any) -> Any:
-    """The published implementation, given the rows of our mixture."""
+def package(model: Any, folder: Any) -> Any:
+    """The published implementation around `model`, given the rows of our mixture."""
     from mixlora.config import MixLoraConfig
     from mixlora.model import inject_adapter_in_model
 
-    model = copy_of(base)
-    handle = loramux.load(copy_of(base), folder)
+    handle = loramux.load(twin_of(model), folder)
     (adapter,) = handle.adapters.values()
     own: Any = adapter.method.config
     config = MixLoraConfig.from_config(
@@ -114,7 +113,7 @@ def _package(base: PreTrainedModel, folder: Any) -> Any:
             "target_modules": sorted({site.name.split(".")[-1] for site in adapter.sites.values()}),
             "num_experts": own.num_experts,
             "top_k": own.top_k,
-            "act_fn": base.config.hidden_act,  # blank means None to it, and fails
+            "act_fn": model.config.hidden_act,  # blank means None to it, and fails
         }
     )
     config.dtype_ = torch.bfloat16

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
 from loramux.bench.stats import Interval, is_resolved, paired_ratio, verdict
 
-# Largest ratio to be reached, by row; a load time is in milliseconds.
+# Largest ratio to be reached, by row; a load time is in milliseconds. "@ 8": holds for batch 8 only.
 TARGETS: dict[str, float] = {
     "lora/bare": 1.10,
     "lora/peft": 0.80,
@@ -18,6 +18,20 @@ TARGETS: dict[str, float] = {
     "mixlora step/peft": 1.25,
     "mixlora memory/peft": 1.3,
     "load ms": 60.0,
+    "tenants/own base @ 8": 1.08,
+    "tenants/own base @ 32": 1.18,
+    "tenants/bare @ 1": 0.6,
+    "tenants/bare @ 8": 0.75,
+    "tenants/peft @ 8": 1 / 4.5,
+    "tenants/peft @ 32": 1 / 9,
+    "routed prompts/tenants @ 8": 1.02,
+    "gated/bare @ 1": 1.6,
+    "mixed/tenants @ 32": 1.5,
+    "prefill/bare": 0.8,
+    "cold load ms": 40.0,
+    "slot ms": 1.0,
+    "residency": 1.05,
+    "serve/generate": 1 / 1.3,
 }
 
 
@@ -63,6 +77,33 @@ class Compared:
     target: str | None = None
     control: str | None = None
     adapters: int = 1
+
+
+@dataclass
+class Measured:
+    """What a measurement found. choices: backend -> why it ran; details: what pictures need beyond the rows."""
+
+    rows: list[Row] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: Measured) -> None:
+        self.rows += other.rows
+        self.absent |= other.absent
+        self.choices |= other.choices
+        self.details |= other.details
+
+
+def at_batch(wanted: Sequence[Compared], batch: int) -> list[Compared]:
+    """The rows with the targets of this batch size: of a target that names others nothing is left."""
+    found = []
+    for row in wanted:
+        target = row.target
+        if target is not None and target not in TARGETS:
+            target = f"{target} @ {batch}" if f"{target} @ {batch}" in TARGETS else None
+        found.append(replace(row, target=target))
+    return found
 
 
 def compare(

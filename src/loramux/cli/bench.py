@@ -15,10 +15,22 @@ class What(StrEnum):
     """What can be timed."""
 
     decode = "decode"
+    prefill = "prefill"
+    mixed = "mixed"
+    load = "load"
+    residency = "residency"
+    serve = "serve"
     train = "train"
 
 
-COLUMNS = ("what", "batch", "variant", "reference", "ratio", "95 %", "target", "verdict")
+class Part(StrEnum):
+    """Which half of a measurement that has two."""
+
+    models = "models"
+    engine = "engine"
+
+
+COLUMNS = ("what", "batch", "variant", "reference", "ms", "ratio", "95 %", "target", "verdict")
 
 
 def bench(
@@ -29,9 +41,19 @@ def bench(
     base: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A checkpoint instead of random weights.")
     ] = None,
+    part: Annotated[
+        Part | None,
+        typer.Option(
+            "--part", help="Only attached models, or only the engine, of decode and load."
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Time variants against references; ratios are medians of paired rounds.
+
+    decode: steps of one token, of attached models and of the engine. prefill: whole prompts. mixed: all kinds of
+    adapters in one batch. load: adapters from disk and from memory. residency: with up to 1,000 adapters at hand.
+    serve: traffic, with latencies. train: training steps and memory. What is not installed is named and left out.
 
     With --json FILE a picture, FILE with the ending .png, is written beside it.
 
@@ -40,7 +62,7 @@ def bench(
     with only_json(json):
         from loramux.bench.run import bench as run
 
-        result = run(what.value, quick, base=base)
+        result = run(what.value, quick, base=base, part=None if part is None else part.value)
     emit(result, json, _show)
     if json is not None and json != STDOUT:
         from loramux.bench.plot import save_chart
@@ -51,10 +73,20 @@ def bench(
 def _show(result: dict[str, Any]) -> None:
     rows = [
         [
-            *(row.get(key) for key in ("what", "batch", "variant", "reference", "ratio")),
+            *(row.get(key) for key in ("what", "batch", "variant", "reference", "ms", "ratio")),
             f"{row['low']:.3f} - {row['high']:.3f}",
-            *(row.get(key) for key in ("target", "verdict")),
+            _target(row),
+            row.get("verdict"),
         ]
         for row in result["rows"]
     ]
     table("time(variant) / time(reference)", COLUMNS, rows)
+    for name, why in result.get("absent", {}).items():
+        print(f"not measured: {name}: {why}")
+
+
+def _target(row: dict[str, Any]) -> str:
+    """Most targets are ratios; a load has one in milliseconds."""
+    if row.get("target_ms") is not None:
+        return f"{row['target_ms']:g} ms"
+    return "-" if row.get("target") is None else f"{row['target']:.3f}"

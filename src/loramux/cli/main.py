@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import bench, config, demo, fetch, generate, methods, train
+from loramux.cli import batch, bench, config, demo, fetch, generate, methods, tenants, train
 from loramux.cli import eval as eval_
 from loramux.errors import LoramuxError
 
@@ -35,9 +35,11 @@ app.command("fetch")(fetch.fetch)
 app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
+app.command("batch")(batch.batch)
 app.command("methods")(methods.methods)
 app.command("bench")(bench.bench)
 app.command("demo")(demo.demo)
+app.command("tenants")(tenants.tenants)
 app.add_typer(config.app, name="config")
 
 

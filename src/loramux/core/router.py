@@ -49,6 +49,10 @@ class Router(nn.Module):
     def forward(self, view: RouteView, incoming: Route) -> Route:
         raise NotImplementedError("a router must define forward(view, incoming)")
 
+    def lowered(self) -> object | None:
+        """Its decision as flat fp32 arrays (ops/gates.py), for kernels that decide in C; None: torch only."""
+        return None
+
 
 class Recorder:
     """Collects route records of one forward pass. A second record of the same router replaces the first."""

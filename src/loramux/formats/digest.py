@@ -73,14 +73,18 @@ def model_digest(model: nn.Module | Mapping[str, Tensor], exclude: Iterable[str]
     Leaves out what lies under the module paths in `exclude`; a wrapper's `base_layer` does not show in the names, so
     an attached model has the digest it had before. Never equal to a `base_digest`: the two cannot be compared.
     """
-    skipped = tuple(f"{path}." for path in exclude)
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    return state_digest(state, getattr(model, "config", None), exclude)
+
+
+def state_digest(state: Mapping[str, Tensor], config: Any, exclude: Iterable[str] = ()) -> str:
+    """`model_digest` of a state that was taken from a model earlier, and that model's config."""
+    skipped = tuple(f"{path}." for path in exclude)
     tensors = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in state.items()
         if not f"{name}.".startswith(skipped)
     }
-    config: Any = getattr(model, "config", None)
     fields = json.loads(config.to_json_string()) if hasattr(config, "to_json_string") else {}
     kept = {key: value for key, value in fields.items() if key not in IGNORED_CONFIG_KEYS}
     return "model:" + tensor_digest(kept, tensors)

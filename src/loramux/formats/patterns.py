@@ -71,11 +71,15 @@ class PatternTable(Generic[T]):
                 self._regexes.append((order, compile_safely(rf"(.*\.)?({key})$", field)))
 
     def find(self, path: str, default: T) -> T:
+        if not self._values:
+            return default
         order = self._first(path)
         return default if order is None else self._values[order]
 
     def unused(self, paths: Iterable[str]) -> list[int]:
         """Positions of keys that decide for none of these paths."""
+        if not self._values:
+            return []
         used = {self._first(path) for path in paths}
         return [order for order in range(len(self._values)) if order not in used]
 

@@ -32,6 +32,7 @@ from loramux.core.values import (
     check_whole,
     is_number,
 )
+from loramux.ops.gates import TopKGate
 
 Strategy = Literal["mixlora", "mixlora-dynamic", "mixlora-switch"]
 
@@ -165,6 +166,15 @@ class TokenRouter(Router):
         slot_NK = top_k_stable(p_NE, config.top_k)
         weight_NK = p_NE.gather(1, slot_NK)
         return slot_NK, weight_NK / weight_NK.sum(-1, keepdim=True), p_NE
+
+    def lowered(self) -> TopKGate | None:
+        """None for the dynamic strategy, whose number of experts differs by token."""
+        config = self.config
+        if config.routing_strategy == "mixlora-dynamic":
+            return None
+        if config.routing_strategy == "mixlora-switch":
+            return TopKGate(self.weight, 1, normalise=not config.published_parity)
+        return TopKGate(self.weight, config.top_k, normalise=True)
 
     def _dynamic(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Experts in order of probability while the sum stays within top_p, and the first that crosses it."""

@@ -31,6 +31,7 @@ from loramux.core.method import Method, MethodConfig
 from loramux.core.router import Router, RouteView, mean_over, segment_softmax, segment_sum
 from loramux.core.types import Route, RouteRecord, Servability, Site, When
 from loramux.core.values import check_not_negative
+from loramux.ops import gates
 
 NORM_EPS = 1e-5
 NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
@@ -128,6 +129,24 @@ class LateGate(Router):
         var_N1 = (square_N.unsqueeze(1) - mean_N1.square()).clamp_min(0)
         total_E = e_EOE.sum(dim=(0, 1))
         return (t_NR @ be_RE - mean_N1 * total_E) * torch.rsqrt(var_N1 + NORM_EPS)
+
+    def lowered(self) -> gates.LateGate | None:
+        """None for gates that pool the prompt. A mask of experts belongs to the adapter: add it with `replace`."""
+        if self.when != "token":
+            return None
+        with torch.no_grad():
+            rows, e_EOE = self._rows[0], self.weight.float()
+            b_RO, mean_R, gram_RR = self._frozen(rows, e_EOE)
+            return gates.LateGate(
+                be_RE=torch.einsum(
+                    "ro,roe->re", b_RO, e_EOE[rows.spans.row_slot_R.to(e_EOE.device)]
+                ),
+                mean_R=mean_R,
+                gram_RR=gram_RR / (e_EOE.shape[0] * e_EOE.shape[1]),
+                total_E=e_EOE.sum(dim=(0, 1)),
+                inv_tau=float(torch.exp(-self.log_tau)),
+                eps=NORM_EPS,
+            )
 
     def _frozen(self, rows: Rows, t_NR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(s B [R, O], its mean over all N d_o entries [R], block-diagonal Gram [R, R])."""

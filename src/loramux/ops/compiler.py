@@ -120,7 +120,7 @@ def _compile(compiler: str, source: Path, flags: Sequence[str], target: Path, se
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         for openmp in (["-fopenmp"], []):
-            command = [compiler, *BASE_FLAGS, *flags, *openmp, str(source), "-o", str(made)]
+            command = [compiler, *BASE_FLAGS, *flags, *openmp, str(source), "-o", str(made), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode == 0:
                 break

@@ -9,18 +9,15 @@ Letters: N rows of x, D rows of y, M FFN rows, I input width, O output width.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from loramux.ops import reference
-from loramux.ops.compiler import BuildError, build, runnable_variants
 from loramux.ops.contract import Pairs, RowMap, Spans
 from loramux.ops.cpu_structs import (
     TYPES,
@@ -30,6 +27,7 @@ from loramux.ops.cpu_structs import (
     pairs_address,
     rows_address,
 )
+from loramux.ops.library import load
 
 __all__ = [
     "SiteState",
@@ -42,7 +40,6 @@ __all__ = [
     "why_not",
 ]
 
-SOURCE = Path(__file__).with_name("lora.c")
 FEW_ROWS = 16  # vector instructions: the work grows with every row
 MANY_ROWS = 64  # AMX: up to 32 rows cost one pass over the weight
 ERRORS = {
@@ -67,26 +64,14 @@ class Kernel:
 
 @cache
 def kernel() -> Kernel:
-    """Compiles and loads on first use. LORAMUX_NO_CC=1 turns it off, LORAMUX_CPU_VARIANT names an instruction set."""
-    if os.environ.get("LORAMUX_NO_CC") == "1":
-        return Kernel(None, "torch", "LORAMUX_NO_CC=1 is set")
-    try:
-        for variant in runnable_variants(os.environ.get("LORAMUX_CPU_VARIANT")):
-            library = ctypes.CDLL(str(build(SOURCE, variant.flags)))
-            if library.loramux_is_usable():
-                break
-        else:
-            return Kernel(
-                None,
-                "torch",
-                "the system does not let this process use the instructions it was built for",
-            )
-    except (BuildError, OSError) as error:
-        return Kernel(None, "torch", str(error))
-    call = library.loramux_linear
+    """Compiled and loaded on first use, see library.py."""
+    library = load("lora")
+    if library.code is None:
+        return Kernel(None, library.variant, library.why_not)
+    call = library.code.loramux_linear
     call.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64, ctypes.c_int]
     call.restype = ctypes.c_int
-    return Kernel(call, variant.name)
+    return Kernel(call, library.variant)
 
 
 def available() -> bool:

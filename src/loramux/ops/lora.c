@@ -11,16 +11,12 @@
  *
  * Letters: I input width, O output width, N rows of x, D rows of y, P pairs, r rank of a slot.
  */
-#include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "lora_dot.h"
+#include "lora_stream.h"
 #include "lora_amx.h"
+#include "lora_pairs.h"
 
 enum { STRIP = 2 * TILE, BLOCK = 32 };
-enum { OK = 0, NO_MEMORY = 1, BAD_SRC = 2, BAD_DST = 3, BAD_SLOT = 4, BAD_TOKEN = 5, BAD_RANK = 6, BAD_ROWS = 7 };
 
 typedef struct {
     const void *w, *bias, *a, *b;
@@ -29,18 +25,6 @@ typedef struct {
     int64_t d_in, d_out, num_slots, max_rank;
     int32_t type, a_type, b_type; /* type: x, W, bias and y */
 } Site;
-
-typedef struct {
-    const int32_t *src, *dst, *slot;
-    const float *weight, *rank_weight; /* rank_weight may be NULL */
-    int64_t num_pairs, num_src, num_dst, rank_stride;
-} Pairs;
-
-typedef struct {
-    const int32_t *token;
-    const float *weight;
-    int64_t num_rows, num_tokens;
-} RowMap;
 
 typedef struct {
     const Site *site;
@@ -117,12 +101,13 @@ static void expand(const Call *c, int64_t o, int64_t first, int64_t last, const 
 }
 
 /* base[2][N][16] = 32 outputs of W (rows of x) + bias */
-static void base_strip(const Call *c, int64_t o, float *base) {
+static void base_strip(const Call *c, int64_t o, float *base, Stream *stream) {
     const Site *s = c->site;
     const char *rows = c->folded ? c->folded : c->x;
 #if defined(__AMX_BF16__)
     if (c->packed) {
-        amx_strip(base, c->packed, s->w, o, s->d_out, s->d_in, c->num_base);
+        amx_strip(base, base + TILE * c->num_base, TILE, c->packed, s->w, o, s->d_out, s->d_in, c->num_base,
+                  stream);
         return;
     }
 #endif
@@ -137,44 +122,19 @@ static void base_strip(const Call *c, int64_t o, float *base) {
         }
 }
 
-/* folded[n] = sum over the FFN rows of token n of weight * x[row] */
-static void fold_row(const Call *c, int64_t n) {
-    const Site *s = c->site;
-    for (int64_t k = 0; k < s->d_in; k += TILE) {
-        int64_t count = s->d_in - k < TILE ? s->d_in - k : TILE;
-        tile acc = {0};
-        for (int32_t e = c->row_begin[n]; e < c->row_begin[n + 1]; e++) {
-            int32_t m = c->row_order[e];
-            tile t = load_tile(at(c->x, s->type, m * s->d_in + k), s->type, count);
-            UNROLL for (int v = 0; v < PARTS; v++) acc.v[v] += c->exit->weight[m] * t.v[v];
-        }
-        store_tile((char *)at(c->folded, s->type, n * s->d_in + k), s->type, count, acc);
-    }
-}
-
-/* Counting sort: order[begin[g]..begin[g+1]) are the items of group g, in their given order. */
-static void group_items(const int32_t *group, int64_t num_items, int64_t num_groups, int32_t *begin, int32_t *order) {
-    memset(begin, 0, (num_groups + 2) * sizeof *begin);
-    for (int64_t i = 0; i < num_items; i++) begin[group[i] + 2]++;
-    for (int64_t g = 2; g < num_groups + 2; g++) begin[g] += begin[g - 1];
-    for (int64_t i = 0; i < num_items; i++) order[begin[group[i] + 1]++] = (int32_t)i;
-}
-
 static void share(const Call *c, int me, int threads) {
     const Site *s = c->site;
     float *base = c->scratch + me * c->scratch_len, *b_tile = base + STRIP * c->num_base;
     int64_t strips = (s->d_out + STRIP - 1) / STRIP, blocks = (c->num_dst + BLOCK - 1) / BLOCK;
     for (int64_t p = me; c->pairs && p < c->pairs->num_pairs; p += threads) shrink(c, p);
-    for (int64_t n = me; c->folded && n < c->num_base; n += threads) fold_row(c, n);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+    for (int64_t n = me; c->folded && n < c->num_base; n += threads)
+        fold_rows((char *)at(c->folded, s->type, n * s->d_in), c->x, s->type, c->exit, c->row_order, c->row_begin[n],
+                  c->row_begin[n + 1], s->d_in);
+    BARRIER
 #if defined(__AMX_BF16__)
     if (c->packed && me == 0) amx_pack(c->packed, c->folded ? c->folded : c->x, c->num_base, s->d_in);
     if (c->packed) amx_configure(c->num_base);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
+    BARRIER
 #endif
     if (!s->w) {
         for (int64_t b = blocks * me / threads; b < blocks * (me + 1) / threads; b++)
@@ -182,8 +142,13 @@ static void share(const Call *c, int me, int threads) {
                 expand(c, o, b * BLOCK, (b + 1) * BLOCK < c->num_dst ? (b + 1) * BLOCK : c->num_dst, NULL, b_tile);
         return;
     }
-    for (int64_t t = strips * me / threads; t < strips * (me + 1) / threads; t++) {
-        base_strip(c, t * STRIP, base);
+    Segment segment;
+    Stream stream = {.segments = &segment};
+    int64_t first = strips * me / threads, last = strips * (me + 1) / threads;
+    int64_t outputs = (last * STRIP < s->d_out ? last * STRIP : s->d_out) - first * STRIP;
+    add_segment(&stream, at(s->w, s->type, first * STRIP * s->d_in), outputs * s->d_in * size_of(s->type), 1, 0);
+    for (int64_t t = first; t < last; t++) {
+        base_strip(c, t * STRIP, base, &stream);
         for (int64_t o = t * STRIP, i = 0; i < 2 && o < s->d_out; o += TILE, i++)
             expand(c, o, 0, c->num_dst, base + i * TILE * c->num_base, b_tile);
     }
@@ -200,18 +165,6 @@ static int check_pairs(const Site *s, const Pairs *q) {
         if (q->rank_weight && q->slot[p] >= 0 && s->rank[q->slot[p]] > q->rank_stride) return BAD_RANK;
     }
     return OK;
-}
-
-static int check_rows(const RowMap *m) {
-    for (int64_t i = 0; m && i < m->num_rows; i++)
-        if (m->token[i] < 0 || m->token[i] >= m->num_tokens) return BAD_TOKEN;
-    return OK;
-}
-
-static void *carve(char **from, int64_t bytes) {
-    void *at_ = *from;
-    *from += (bytes + 63) / 64 * 64;
-    return at_;
 }
 
 /* `rows` rows of x; with w NULL the pairs are added to y, else y is written. Returns OK or what was wrong. */

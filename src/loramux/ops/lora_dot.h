@@ -46,9 +46,13 @@ INLINE vec widen(const char *p, int type) {
 
 /* To nearest even; a NaN stays one. */
 INLINE halves round_bf16(vec v) {
+#if defined(__AVX512BF16__)
+    return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
     bits b = (bits)v, nan = (bits)(v != v);
     bits kept = (b >> 16) | 0x40, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
     return __builtin_convertvector((nan & kept) | (~nan & rounded), halves);
+#endif
 }
 
 INLINE tile load_tile(const char *p, int type, int64_t count) {
@@ -60,13 +64,16 @@ INLINE tile load_tile(const char *p, int type, int64_t count) {
 }
 
 INLINE void store_tile(char *p, int type, int64_t count, tile t) {
+    if (type == FP32) {
+        memcpy(p, &t, 4 * (count < TILE ? count : TILE));
+        return;
+    }
     halves h[PARTS];
     UNROLL for (int i = 0; i < PARTS; i++) h[i] = round_bf16(t.v[i]);
-    const void *from = type == BF16 ? (const void *)h : (const void *)&t;
     if (count >= TILE)
-        memcpy(p, from, TILE * size_of(type));
+        memcpy(p, h, 2 * TILE);
     else
-        memcpy(p, from, count * size_of(type));
+        memcpy(p, h, 2 * count);
 }
 
 /* A step of a dot product takes 2 * LANES inputs when both sides are bf16 (pairs as they lie in memory), else LANES. */

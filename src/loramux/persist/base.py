@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from loramux.core.attach import HOLDER
-from loramux.formats.digest import base_digest, model_digest
+from loramux.formats.digest import base_digest, model_digest, state_digest
 from loramux.formats.errors import FormatError
 from loramux.formats.jsonio import read_json_object, write_json
 
@@ -41,19 +41,80 @@ def checkpoint_folder(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def check_base_digest(model: nn.Module, expected: str | None, name: str | None) -> None:
-    """Refuse another base than the one recorded; a mixture that records none is taken as it is."""
-    if expected is None:
-        return
-    # A base that was only in memory when the mixture was saved was digested by its weights.
-    in_memory = expected.startswith(IN_MEMORY)
-    found = model_digest(model, exclude=(HOLDER,)) if in_memory else digest_of_base(model)
-    if found != expected:
-        raise FormatError(
-            f"this mixture was trained on {name or 'another base'} (digest {expected[:12]}), the model is "
-            f"{getattr(model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or pass "
-            "check_base=False if you know that it holds the same weights in another form"
-        )
+class BaseIdentity:
+    """What tells one model from another, computed once per model: an engine asks again for every adapter it loads.
+
+    Make it before anything is attached to the model; it keeps the weights it saw, so replaced linears do not matter.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._state = model.state_dict()
+        self._digests: dict[bool, str] = {}
+        self._heads: dict[str, bytes | None] = {}
+
+    def check_digest(self, expected: str | None, name: str | None) -> None:
+        """Refuse another base than the one recorded; a mixture that records none is taken as it is."""
+        if expected is None:
+            return
+        # A base that was only in memory when the mixture was saved was digested by its weights.
+        found = self._digest(expected.startswith(IN_MEMORY))
+        if found != expected:
+            raise FormatError(
+                f"this mixture was trained on {name or 'another base'} (digest {expected[:12]}), the model is "
+                f"{getattr(self.model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or "
+                "pass check_base=False if you know that it holds the same weights in another form"
+            )
+
+    def _digest(self, of_weights: bool) -> str:
+        if of_weights not in self._digests:
+            self._digests[of_weights] = (
+                state_digest(self._state, getattr(self.model, "config", None), (HOLDER,))
+                if of_weights
+                else digest_of_base(self.model)
+            )
+        return self._digests[of_weights]
+
+    def check_record(self, folder: Path, paths: Iterable[str]) -> None:
+        """Refuse another base than the one noted; folders of other tools note none and are taken as they are."""
+        if not (folder / RECORD).is_file():
+            return
+        record = read_json_object(folder / RECORD)
+        found, expected = self.sample(paths), record.get("base_sample")
+        if found is not None and expected is not None and found != expected:
+            raise FormatError(
+                f"{folder} was trained on another base ({record.get('base_name') or 'unnamed'}): the weights of the "
+                "linears it targets differ; load that base, or pass check_base=False if you know better"
+            )
+
+    def sample(self, paths: Iterable[str]) -> str | None:
+        """SHA-256 over shape and first entries of the targeted weights, in bf16 so that a cast base is the same.
+
+        None where weights are quantised. A sample, not a digest: it tells bases apart, it does not prove them equal.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(paths):
+            if path not in self._heads:
+                self._heads[path] = _head(path, self._weight(path))
+            head = self._heads[path]
+            if head is None:
+                return None
+            digest.update(head)
+        return digest.hexdigest()
+
+    def _weight(self, path: str) -> torch.Tensor:
+        for name in (f"{path}.weight", f"{path}.base_layer.weight"):
+            if name in self._state:
+                tensor: torch.Tensor = self._state[name]
+                return tensor
+        return self.model.get_submodule(path).get_parameter("weight")
+
+
+def _head(path: str, weight: torch.Tensor) -> bytes | None:
+    if not weight.is_floating_point():
+        return None
+    head = weight.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).contiguous()
+    return f"{path}{tuple(weight.shape)}".encode() + head.view(torch.int16).numpy().tobytes()
 
 
 def write_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> None:
@@ -61,36 +122,6 @@ def write_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> N
     record = {
         "schema_version": 1,
         "base_name": getattr(model, "name_or_path", "") or "",
-        "base_sample": base_sample(model, paths),
+        "base_sample": BaseIdentity(model).sample(paths),
     }
     write_json(folder / RECORD, record)
-
-
-def check_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> None:
-    """Refuse another base than the one noted; folders of other tools note none and are taken as they are."""
-    if not (folder / RECORD).is_file():
-        return
-    record = read_json_object(folder / RECORD)
-    found, expected = base_sample(model, paths), record.get("base_sample")
-    if found is not None and expected is not None and found != expected:
-        raise FormatError(
-            f"{folder} was trained on another base ({record.get('base_name') or 'unnamed'}): the weights of the "
-            "linears it targets differ; load that base, or pass check_base=False if you know better"
-        )
-
-
-def base_sample(model: nn.Module, paths: Iterable[str]) -> str | None:
-    """SHA-256 over the shape and the first entries of the targeted weights, in bf16 so that a cast base is the same.
-
-    None where weights are quantised. A sample, not a digest: it tells bases apart, it does not prove them equal.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        weight = model.get_submodule(path).weight
-        assert isinstance(weight, torch.Tensor)
-        if not weight.is_floating_point():
-            return None
-        head = weight.detach().reshape(-1)[:SAMPLE].to("cpu", torch.bfloat16).contiguous()
-        digest.update(f"{path}{tuple(weight.shape)}".encode())
-        digest.update(head.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()

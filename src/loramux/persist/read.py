@@ -26,7 +26,7 @@ from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
 from loramux.methods.mole import expert_names
 from loramux.ops.contract import Spans
-from loramux.persist.base import check_base_digest, check_base_record
+from loramux.persist.base import BaseIdentity
 from loramux.persist.names import slot_order
 from loramux.persist.published import mixlora_adapter
 
@@ -40,28 +40,65 @@ def read_adapter(
     name: str | None,
     trainable: bool,
     check_base: bool,
+    base: BaseIdentity | None = None,
 ) -> Adapter:
-    """Build the adapter a folder holds, checked against the model's sites; the model is not touched."""
+    """Build the adapter a folder holds, checked against the model's sites; the model is not touched.
+
+    base: what is known of the model already, if many adapters are read.
+    """
     name = name if name is not None else folder.resolve().name
     check_name(name)
-    if not folder.is_dir():
-        raise FormatError(f"{folder} is not a folder; give the folder an adapter was saved to")
+    _check_folder(folder)
+    own = (base or BaseIdentity(model)) if check_base else None
     if is_mixture(folder):
         saved = read_mixture(folder, allow_zero=trainable)
-        adapter = _from_mixture(model, sites, saved, name, check_base)
+        adapter = _from_mixture(sites, saved, name, own)
     elif _peft_type(folder) == "MIXLORA":
         config, published = read_mixlora(folder, allow_zero=trainable)
         activation = getattr(getattr(model, "config", None), "hidden_act", None)
         adapter = mixlora_adapter(sites, config, published, name, activation)
     else:
-        tensors = read_peft(folder, allow_zero=trainable)
-        for path in zero_sites(tensors) if not trainable else ():
-            log.warning("%s: the rows of %s are zero and change nothing", folder, path)
+        tensors = _read_peft(folder, trainable)
         adapter = _from_peft(sites, tensors, name, str(folder))
-        if check_base:
-            check_base_record(folder, model, tensors.sites)
+        if own is not None:
+            own.check_record(folder, tensors.sites)
     adapter.set_trainable(trainable)
     return adapter
+
+
+def is_plain(folder: Path) -> bool:
+    """Whether the folder holds one PEFT adapter, and neither a mixture nor a published MixLoRA."""
+    _check_folder(folder)
+    return not is_mixture(folder) and _peft_type(folder) != "MIXLORA"
+
+
+def read_plain(
+    sites: Sequence[Site], folder: Path, base: BaseIdentity | None
+) -> tuple[AdapterTensors, dict[str, Site], dict[str, Spans]]:
+    """A PEFT adapter as tensors, with the model's sites it names (in declared order) and its spans there.
+
+    As `read_adapter`, without making modules of it; `base` None: whose base it is, is not checked.
+    """
+    tensors = _read_peft(folder, trainable=False)
+    found = match_sites(sites, tensors, str(folder))
+    if base is not None:
+        base.check_record(folder, tensors.sites)
+    (scales,) = _scales([tensors], str(folder))
+    kinds = {path: (tensors.sites[path].rank, scales[path]) for path in found}
+    made = {kind: Spans.packed([kind[0]], [kind[1]]) for kind in set(kinds.values())}
+    return tensors, found, {path: made[kind] for path, kind in kinds.items()}
+
+
+def _read_peft(folder: Path, trainable: bool) -> AdapterTensors:
+    tensors = read_peft(folder, allow_zero=trainable)
+    for path in zero_sites(tensors) if not trainable else ():
+        log.warning("%s: the rows of %s are zero and change nothing", folder, path)
+    return tensors
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FormatError(f"{folder} is not a folder; give the folder an adapter was saved to")
 
 
 def _peft_type(folder: Path) -> str | None:
@@ -119,29 +156,41 @@ def stack_experts(
     sites: Mapping[str, Site], experts: Sequence[AdapterTensors], where: str
 ) -> dict[str, Rows]:
     """Rows per site with one slot per expert, in order; an expert that leaves a site out gets rank 0 there."""
-    scales = [
-        site_scaling(e.config, {path: s.rank for path, s in e.sites.items()}, where)
-        for e in experts
-    ]
-    rows = {}
-    for path, site in sites.items():
-        parts = [e.sites.get(path) for e in experts]
-        spans = Spans.packed(
-            [0 if p is None else p.rank for p in parts],
-            [1.0 if p is None else s[path][2] for p, s in zip(parts, scales, strict=True)],
-        )
-        present = [p for p in parts if p is not None]
-        magnitudes = [p.magnitude for p in present if p.magnitude is not None]
-        if magnitudes and len(magnitudes) != len(parts):
-            raise FormatError(f"{where}: at {path} some experts are DoRA and some are not")
-        rows[path] = Rows(
-            spans,
-            _joined([p.a for p in present]),
-            _joined([p.b for p in present]),
-            torch.stack(magnitudes) if magnitudes else None,
-        )
-        assert rows[path].a.shape[1] == site.d_in
+    scales = _scales(experts, where)
+    return {path: _stack(site, experts, scales, where) for path, site in sites.items()}
+
+
+def _stack(
+    site: Site, experts: Sequence[AdapterTensors], scales: Sequence[Mapping[str, float]], where: str
+) -> Rows:
+    path = site.path
+    parts = [e.sites.get(path) for e in experts]
+    spans = Spans.packed(
+        [0 if p is None else p.rank for p in parts],
+        [1.0 if p is None else s[path] for p, s in zip(parts, scales, strict=True)],
+    )
+    present = [p for p in parts if p is not None]
+    magnitudes = [p.magnitude for p in present if p.magnitude is not None]
+    if magnitudes and len(magnitudes) != len(parts):
+        raise FormatError(f"{where}: at {path} some experts are DoRA and some are not")
+    rows = Rows(
+        spans,
+        _joined([p.a for p in present]),
+        _joined([p.b for p in present]),
+        torch.stack(magnitudes) if magnitudes else None,
+    )
+    assert rows.a.shape[1] == site.d_in
     return rows
+
+
+def _scales(experts: Sequence[AdapterTensors], where: str) -> list[dict[str, float]]:
+    """The scale of every site, one mapping per expert."""
+    found = [site_scaling(expert.config, _ranks(expert), where) for expert in experts]
+    return [{path: entry[2] for path, entry in scaling.items()} for scaling in found]
+
+
+def _ranks(tensors: AdapterTensors) -> dict[str, int]:
+    return {path: entry.rank for path, entry in tensors.sites.items()}
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -149,10 +198,10 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _from_mixture(
-    model: nn.Module, sites: Sequence[Site], saved: MixtureTensors, name: str, check_base: bool
+    sites: Sequence[Site], saved: MixtureTensors, name: str, base: BaseIdentity | None
 ) -> Adapter:
-    if check_base:
-        check_base_digest(model, saved.base_digest, saved.base_name)
+    if base is not None:
+        base.check_digest(saved.base_digest, saved.base_name)
     config = config_from_dict({"name": saved.method, **saved.config})
     method = load_method(saved.method)(config)
     _check_order(method, list(saved.experts))
@@ -160,10 +209,14 @@ def _from_mixture(
         adapter = gate(sites, method, saved.experts, name)
     else:
         found = _union(sites, saved.experts)
+        experts = list(saved.experts.values())
+        scales = _scales(experts, saved.method)
         rows = {}
         for path, site in found.items():
-            here = [e for e in saved.experts.values() if path in e.sites]
-            rows.update(stack_experts({path: site}, here, saved.method))
+            here = [i for i, expert in enumerate(experts) if path in expert.sites]
+            rows[path] = _stack(
+                site, [experts[i] for i in here], [scales[i] for i in here], saved.method
+            )
             want = len(method.experts(site))
             if len(here) != want:
                 raise FormatError(f"{path} has {len(here)} experts, its config asks for {want}")

@@ -1,0 +1,1 @@
+"""Many tenants in one batch: requests with no adapter, one, a weighted mix or a routed mixture."""

@@ -1,0 +1,392 @@
+"""`Engine`: requests in, tokens out; one base model, many tenants' adapters, one batch.
+
+A step: the scheduler chooses whose tokens run, the runner runs them in one forward, each sequence draws its next
+token, and what is finished gives back its blocks and its pins. One thread calls; aio.AsyncEngine is the front for
+servers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any
+
+from loramux.engine.admission import CROWDED, READY, WAIT, Admission, Limits, refused
+from loramux.engine.blocks import BlockPool
+from loramux.engine.keys import PrefixKey
+from loramux.engine.leases import Lease
+from loramux.engine.mixes import check_mix, why_no_mix
+from loramux.engine.outputs import Output
+from loramux.engine.parts import Parts, build_parts
+from loramux.engine.request import (
+    Answered,
+    Completion,
+    Delta,
+    Request,
+    SamplingParams,
+    as_request,
+)
+from loramux.engine.sampling import Sampled, sample
+from loramux.engine.scheduler import Scheduler
+from loramux.engine.sequence import Sequence, StepPlan
+from loramux.eval.progress import rows_bar
+
+log = logging.getLogger(__name__)
+IDLE_S = 0.001  # while nothing can run because adapters are being read
+
+
+class Engine:
+    """Serves one base model.
+
+    base: a folder, a hub id, a name that `loramux fetch` knows, or a transformers model (then with its tokenizer, or
+    with token ids as prompts only). The model is used as it is, in eval mode, and given back unchanged by `close`.
+    kv_memory, adapter_memory, slot_memory: budgets in bytes or as "512MiB", for keys and values, for adapters in
+    memory and for those in slots. max_slots: how many experts can be in slots at once (an adapter takes one slot per
+    expert). max_batch: sequences per step; max_step_tokens: tokens per step; max_chunk: tokens of one prompt per step.
+    max_prompt_tokens: prompt tokens of all requests in a step in which others decode, None for no limit of its own;
+    it bounds the wait between two tokens of an answer.
+    tenant_weights: shares of tenants that are not 1. fuse: run norms and rotary embeddings as one call each where
+    a probe shows the same numbers. Raises ValueError with what does not fit.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: Any = None,
+        *,
+        dtype: str | None = None,
+        kv_memory: int | str = "512MiB",
+        adapter_memory: int | str = "2GiB",
+        slot_memory: int | str = "1GiB",
+        max_slots: int = 1024,
+        max_batch: int = 64,
+        max_step_tokens: int = 2048,
+        max_chunk: int = 512,
+        max_prompt_tokens: int | None = None,
+        block_size: int = 16,
+        prefix_cache: bool = True,
+        fuse: bool = True,
+        tenant_weights: Mapping[str, float] | None = None,
+        check_base: bool = True,
+    ):
+        limits = Limits(
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_chunk=max_chunk,
+            max_prompt_tokens=max_prompt_tokens,
+        )
+        self._parts: Parts = build_parts(
+            base, tokenizer, dtype=dtype, kv_memory=kv_memory, adapter_memory=adapter_memory,
+            slot_memory=slot_memory, max_slots=max_slots, block_size=block_size,
+            fuse=fuse, check_base=check_base,
+        )  # fmt: skip
+        self.model, self.tokenizer = self._parts.model, self._parts.tokenizer
+        self.store = self._parts.store
+        self.blocks = BlockPool(self._parts.kv.num_blocks, block_size, has_cache=prefix_cache)
+        self.scheduler = Scheduler(
+            self.blocks, limits, self._can_admit, weights=tenant_weights, on_finish=self._release
+        )
+        self._open: dict[str, list[Sequence]] = {}  # samples of requests not yet handed out
+        self._order = 0
+        self._silent: list[Sequence] = []  # ended, and nobody was told yet
+        self._is_closed = False
+        self.steps = 0
+
+    # --- Adapters -------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, source: Any) -> None:
+        """Register an adapter: a folder (nothing is read until a request wants it) or one attached by `loramux.attach`.
+
+        A name that is taken is replaced: requests that run keep the content they were admitted with.
+        """
+        self._check_open()
+        if isinstance(source, str | os.PathLike):
+            self.store.register(name, Path(source))
+        else:
+            self.store.add(name, source)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget a name. Requests that run keep its content, those that wait for it end with an error."""
+        self._check_open()
+        self.store.remove(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of all registered adapters."""
+        return self.store.names
+
+    # --- Requests -------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> str:
+        """Queue a request; returns its id. Raises ValueError, with nothing changed, if it can never be answered."""
+        self._check_open()
+        tokens = self._encode(request.prompt)
+        params = request.params
+        longest = self._parts.max_length
+        if longest is not None and len(tokens) + params.max_tokens > longest:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens and max_tokens {params.max_tokens} exceed the model's {longest} "
+                "positions; shorten the prompt or lower max_tokens"
+            )
+        request_id = request.id if request.id is not None else f"request-{self._order}"
+        if request_id in self._open:
+            raise ValueError(
+                f"a request {request_id!r} is under way; give every request its own id"
+            )
+        check_mix(request.mix)
+        request = Request(
+            prompt=request.prompt, adapter=request.adapter, params=params, tenant=request.tenant,
+            salt=request.salt, id=request_id,
+        )  # fmt: skip
+        ticket = self.store.want(request.mix)
+        now = time.perf_counter()
+        samples = []
+        for index in range(params.n):
+            sequence = Sequence(
+                request, index, list(tokens), len(tokens), self._order, arrived_at=now
+            )
+            sequence.scratch["ticket"] = ticket
+            sequence.scratch["output"] = Output(sequence, self.tokenizer, self._parts.eos)
+            self._order += 1
+            samples.append(sequence)
+        added = []
+        try:
+            for sequence in samples:
+                self.scheduler.add(sequence)
+                added.append(sequence)
+        except ValueError:
+            for sequence in added:
+                self.scheduler.finish(sequence, "abort")
+            self._silent = [s for s in self._silent if s not in added]
+            raise
+        self._open[request_id] = samples
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        """End a request now; its completions say "abort". An unknown id is no error: it may just have finished."""
+        self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: requests that wait or run, or an end that was not told yet."""
+        return self.scheduler.has_work or bool(self._silent)
+
+    def completion(self, request_id: str) -> list[Completion] | None:
+        """All samples of a finished request, handed out once; None while it runs."""
+        samples = self._open.get(request_id)
+        if samples is None:
+            raise ValueError(
+                f"no request {request_id!r} is known; its completions may have been taken"
+            )
+        if any(sequence.state != "finished" for sequence in samples):
+            return None
+        del self._open[request_id]
+        return [sequence.scratch["output"].completion() for sequence in samples]
+
+    # --- Steps ----------------------------------------------------------------------------------
+
+    def step(self) -> list[Delta]:
+        """Run one forward for whoever is due, and return what their answers grew by."""
+        self._check_open()
+        plan = self.scheduler.schedule()
+        deltas = self._endings()
+        if plan is None:
+            if self.scheduler.has_work:
+                self.store.wait(IDLE_S)
+            return deltas
+        self.steps += 1
+        return deltas + self._run(plan)
+
+    def _run(self, plan: StepPlan) -> list[Delta]:
+        now = time.perf_counter()
+        for chunk in plan.chunks:
+            if chunk.sequence.started_at is None:
+                chunk.sequence.started_at = now
+        try:
+            logits, samplers = self._parts.runner.run(plan)
+            drawn = sample(logits, samplers, self._parts.eos)
+        except BaseException:
+            self.scheduler.abandon(plan)
+            for chunk in plan.chunks:
+                self.scheduler.fail(chunk.sequence, "the step that held this request failed")
+            raise
+        return self._commit(plan, dict(zip(samplers, drawn, strict=True)))
+
+    def _commit(self, plan: StepPlan, drawn: Mapping[Sequence, Sampled]) -> list[Delta]:
+        for sequence, got in drawn.items():
+            if got.error is not None:
+                sequence.error = got.error
+        self.scheduler.commit(plan, {sequence: got.token for sequence, got in drawn.items()})
+        now = time.perf_counter()
+        deltas = []
+        for sequence, got in drawn.items():
+            output: Output = sequence.scratch["output"]
+            if got.token is None:
+                deltas.append(output.end())
+                continue
+            delta = output.push(got.token, got.logprob, now)
+            if delta.finish_reason is not None:
+                self.scheduler.finish(sequence, delta.finish_reason)
+            deltas.append(delta)
+        return deltas
+
+    def _endings(self) -> list[Delta]:
+        """Last deltas of sequences that ended without a token: aborted, or their adapter could not be had."""
+        silent, self._silent = self._silent, []
+        outputs: list[Output] = [sequence.scratch["output"] for sequence in silent]
+        return [output.end() for output in outputs if not output.is_over]
+
+    # --- Whole answers --------------------------------------------------------------------------
+
+    def generate(
+        self,
+        requests: Iterable[Request | str | Many[int]],
+        params: SamplingParams | None = None,
+        *,
+        show_progress: bool = False,
+    ) -> list[list[Completion]]:
+        """Answer all requests, in order; each gives `n` completions. Texts and token ids are requests to the base.
+
+        If one cannot be answered, ValueError is raised and none is. show_progress: a bar on standard error.
+        """
+        ids: list[str] = []
+        try:
+            for request in requests:
+                ids.append(self.add_request(as_request(request, params)))
+            return self._finish(ids, show_progress)
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+                self._open.pop(request_id, None)
+            raise
+
+    def _finish(self, ids: Many[str], show_progress: bool) -> list[list[Completion]]:
+        waiting, done = list(ids), {}
+        with rows_bar(show_progress, "answer", len(ids)) as begin:
+            advance = begin("")
+            while waiting:
+                self.step()
+                for request_id in waiting:
+                    found = self.completion(request_id)
+                    if found is not None:
+                        done[request_id] = found
+                        advance(1)
+                waiting = [request_id for request_id in waiting if request_id not in done]
+        return [done[request_id] for request_id in ids]
+
+    def stream(
+        self, request: Request | str | Many[int], params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """One request's answer as it grows. Others go on meanwhile; their deltas are in their completions only."""
+        request_id = self.add_request(as_request(request, params))
+        left = len(self._open[request_id])
+        try:
+            while left:
+                for delta in self.step():
+                    if delta.request_id == request_id:
+                        left -= delta.finish_reason is not None
+                        yield delta
+        finally:  # also when the caller stops listening
+            self.abort(request_id)
+            self._open.pop(request_id, None)
+
+    # --- Admission ------------------------------------------------------------------------------
+
+    def _can_admit(self, sequence: Sequence) -> Admission:
+        if sequence.answered is not None:
+            return READY  # it holds its lease: preempted, or asked about before
+        ticket = sequence.scratch["ticket"]
+        if ticket.state == "failed":
+            return refused(str(ticket.error))
+        if ticket.state != "ready":
+            return CROWDED if ticket.is_crowded else WAIT
+        lease = self.store.lease(ticket)
+        if lease is None:
+            return CROWDED
+        problem = why_no_mix([(part.content, part.weight) for part in lease.parts])
+        if problem:
+            self.store.release(lease)
+            return refused(problem)
+        # All samples of a request run the same contents, whenever they are admitted.
+        self._take(sequence, lease)
+        for other in self._open.get(sequence.request_id, ()):
+            if other is not sequence and other.state == "waiting" and other.answered is None:
+                self._take(other, self.store.share(lease))
+        return READY
+
+    def _take(self, sequence: Sequence, lease: Lease) -> None:
+        """The sequence holds this lease from now on; what its adapters decide is known."""
+        request = sequence.request
+        sequence.lease = lease
+        sequence.answered = Answered(self._parts.base_digest, lease.answered)
+        sequence.is_chunkable, sequence.is_shareable = lease.is_chunkable, lease.is_shareable
+        sequence.prefix_seed = PrefixKey(
+            salt=request.tenant if request.salt is None else request.salt,
+            base=self._parts.base_digest,
+            parts=tuple((digest, weight) for _, digest, weight in lease.answered),
+        ).digest
+
+    def _release(self, sequence: Sequence) -> None:
+        """A sequence ended, however: its pins and its place in the loader's queue go back."""
+        lease, sequence.lease = sequence.lease, None
+        if lease is not None:
+            self.store.release(lease)
+        sequence.scratch.pop("ticket", None)
+        if sequence.finish_reason in ("abort", "error"):
+            self._silent.append(sequence)
+
+    # --- The rest -------------------------------------------------------------------------------
+
+    def _encode(self, prompt: str | Many[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this engine has no tokenizer: give prompts as token ids")
+            prompt = self.tokenizer(prompt)["input_ids"]
+        tokens: list[int] = list(prompt)  # type: ignore[arg-type]
+        vocab = self._parts.vocab
+        bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab]
+        if bad:
+            raise ValueError(f"token ids must be in 0..{vocab - 1}, got {bad[:3]}")
+        if not tokens:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        return tokens
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers for people and logs: steps, the scheduler's, the adapter store's, blocks of the KV pool."""
+        return {
+            "steps": self.steps,
+            "scheduler": dataclasses.asdict(self.scheduler.stats()),
+            "adapters": dataclasses.asdict(self.store.stats()),
+            "kv_blocks": self.blocks.num_blocks,
+            "kv_blocks_free": self.blocks.num_free,
+            "kv_blocks_cached": self.blocks.num_cached,
+            "kv_bytes": self._parts.kv.nbytes,
+        }
+
+    def check_integrity(self) -> None:
+        """The books of blocks, slots and pins; AssertionError names what does not add up."""
+        self.blocks.check_integrity()
+        self.store.check_integrity()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ValueError("this engine is closed; make a new one")
+
+    def close(self) -> None:
+        """Abort what runs, stop the loader and give the model back as it was."""
+        if self._is_closed:
+            return
+        for request_id in list(self._open):
+            self.abort(request_id)
+        self._is_closed = True
+        self._parts.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

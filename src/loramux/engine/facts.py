@@ -1,0 +1,109 @@
+"""What the engine must know of an adapter's routers, looked up once per content.
+
+Three kinds of router can sit in an adapter: one that reads the input of a layer or block and weighs its experts (a
+sum), one that turns the tokens of an FFN into rows (top-k experts), and a late gate that reads t = A x at the first
+site of its unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loramux.core.adapter import Adapter
+from loramux.core.router import Router
+from loramux.core.types import Site
+from loramux.ops.gates import LateGate, TopKGate
+
+
+@dataclass(frozen=True, eq=False)
+class LateUnit:
+    """The gate of a unit, at its first site. `sites`: indices of all sites it governs."""
+
+    path: str
+    router: Router
+    gate: LateGate | None  # what the kernel runs; None: the router itself runs in torch
+    sites: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RowBlock:
+    """The router of an FFN block, and what the kernel runs instead of it, if it can."""
+
+    path: str
+    router: Router
+    gate: TopKGate | None
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """layers: routers by module path; governed: which sites (indices) such a router weighs."""
+
+    layers: Mapping[str, Router]
+    governed: Mapping[str, tuple[int, ...]]
+    blocks: Mapping[str, RowBlock]
+    late: Mapping[str, LateUnit]
+    late_sites: frozenset[int]
+    num_plain: int  # experts of a site outside the row blocks
+    routes_on_prompt: bool
+    routes_tokens: bool
+
+    @property
+    def is_late(self) -> bool:
+        return bool(self.late)
+
+
+def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
+    """`sites` are the engine's, in order: their indices are those of the slot table."""
+    index = {site.path: i for i, site in enumerate(sites)}
+    layers: dict[str, Router] = {}
+    blocks: dict[str, RowBlock] = {}
+    for path, router in adapter.hooked_routers():
+        if router.scope == "block":
+            gate: Any = router.lowered() if adapter.mask is None else None
+            kept = gate if isinstance(gate, TopKGate) else None
+            blocks[path] = RowBlock(path, router, kept)
+        else:
+            layers[path] = router
+    governed = {
+        path: tuple(
+            index[site.path]
+            for site in adapter.sites.values()
+            if path in (site.layer_path, site.block)
+        )
+        for path in (*layers, *blocks)
+    }
+    late = _late_units(adapter, index)
+    plain = [
+        rows.spans.num_slots
+        for path, rows in adapter.rows.items()
+        if adapter.sites[path].block not in blocks
+    ]
+    routers = list(adapter.routers.values())
+    return Facts(
+        layers=layers,
+        governed=governed,
+        blocks=blocks,
+        late=late,
+        late_sites=frozenset(s for unit in late.values() for s in unit.sites),
+        num_plain=max(plain, default=0),
+        routes_on_prompt=any(r.when == "prompt" for r in routers),
+        routes_tokens=any(r.when == "token" for r in routers),
+    )
+
+
+def _late_units(adapter: Adapter, index: Mapping[str, int]) -> dict[str, LateUnit]:
+    units: dict[str, list[int]] = {}
+    for path, site in adapter.sites.items():
+        unit = adapter.method.unit_of(site)
+        if unit is not None:
+            units.setdefault(unit, []).append(index[path])
+    found = {}
+    for path, own in units.items():
+        router = adapter.routers[path]
+        lowers = router.when == "token" and adapter.mask is None
+        gate: Any = router.lowered() if lowers else None
+        kept = gate if isinstance(gate, LateGate) else None
+        found[path] = LateUnit(path, router, kept, tuple(own))
+    return found

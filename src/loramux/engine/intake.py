@@ -1,0 +1,121 @@
+"""Which folders are still to be read, for whom, and in what order: the way from disk to the door of memory.
+
+The oldest request's adapter is read first. What was read waits at the door until there is room; it is turned away, to
+be read again, where an older request would have to wait behind it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+
+from loramux.engine.leases import Ticket
+from loramux.engine.loader import Job, Loader, Read
+from loramux.engine.names import Entry
+
+LAST = 2**63 - 1  # the age of what no request waits for
+
+
+class Intake:
+    """Call it under `lock`. `admit(job, entry)` takes what was read into memory, or says that there is no room."""
+
+    def __init__(
+        self,
+        read: Read,
+        limit_bytes: int,
+        lock: threading.RLock,
+        admit: Callable[[Job, Entry], bool],
+    ):
+        self.jobs: dict[Job, Entry] = {}  # not done, and for whom
+        self.num_loads = self.num_failed = 0
+        self.last_load_s = 0.0
+        self.changes = 0  # of what a request may find
+        self._admit = admit
+        self._running: Job | None = None  # with the loader, or at the door
+        self._is_arrived = False
+        self._arrival = threading.Condition(lock)
+        self._tried: object = None  # when room was last looked for in vain
+        self._loader = Loader(read, limit_bytes, self._arrive)
+
+    def ensure(self, entry: Entry, ticket: Ticket | None) -> None:
+        """See that an entry's folder is being read, or queued to be; without a ticket, whether or not anybody waits."""
+        if entry.job is None:
+            assert entry.folder is not None, "an adapter without a folder never leaves memory"
+            entry.job = Job(entry.folder, LAST, is_prefetch=ticket is None)
+            self.jobs[entry.job] = entry
+            self._tried = None
+        if ticket is not None:
+            if ticket.order < entry.job.order:
+                entry.job.order, self._tried = ticket.order, None
+            ticket.jobs[entry.name] = entry.job
+
+    def at_door(self, job: Job | None) -> bool:
+        """Whether this job was read soundly and there was no room for it so far."""
+        return self._is_arrived and job is self._running and job is not None and not job.error
+
+    def pump(self, tickets: Iterable[Ticket], now: object) -> None:
+        """Let in what was read, start reading the next. `now` must differ when there may be more room than before."""
+        if not self.jobs or now == self._tried:
+            return
+        if self._is_arrived and not self._let_in():
+            self._tried = now
+            return
+        if self._running is None:
+            self._forget_unwanted(tickets)
+            job = min(self.jobs, key=lambda job: job.order, default=None)
+            if job is not None:
+                self._running = job
+                self._loader.start(job)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until something was read that nobody has looked at, at most so long; whether there is."""
+        if self._running is not None and not self._is_new:
+            self._arrival.wait(timeout_s)
+        return self._is_new
+
+    @property
+    def _is_new(self) -> bool:
+        return self._is_arrived and self._tried is None
+
+    def close(self) -> None:
+        """Call it without the lock: the loader's last job needs it."""
+        self._loader.close()
+
+    def check_integrity(self) -> None:
+        for job, entry in self.jobs.items():
+            assert entry.job is job, (entry, job)
+        assert self._running is None or self._running in self.jobs
+        assert self._running is not None or not self._is_arrived
+
+    def _arrive(self, job: Job) -> None:
+        """Called by the loader's thread."""
+        with self._arrival:
+            assert job is self._running
+            self._is_arrived, self._tried = True, None
+            self.changes += 1
+            self._arrival.notify_all()
+
+    def _let_in(self) -> bool:
+        job = self._running
+        assert job is not None
+        is_in = self._admit(job, self.jobs[job])
+        if not is_in and all(other.order >= job.order for other in self.jobs):
+            return False
+        job.content = None
+        self.changes += 1
+        self._running, self._is_arrived, self._tried = None, False, None
+        if is_in:
+            self.num_loads += 1
+            self.num_failed += job.error is not None
+            self.last_load_s = job.seconds
+            self._forget(job)
+        return True
+
+    def _forget_unwanted(self, tickets: Iterable[Ticket]) -> None:
+        wanted = {id(job) for ticket in tickets for job in ticket.jobs.values()}
+        for job in list(self.jobs):
+            if not job.is_prefetch and id(job) not in wanted:
+                self._forget(job)
+
+    def _forget(self, job: Job) -> None:
+        self.jobs.pop(job).job = None

@@ -1,0 +1,29 @@
+"""Which adapters can answer one request together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Many
+from typing import Any
+
+from loramux.engine.request import Mix
+
+
+def check_mix(mix: Mix) -> None:
+    bad = [(name, weight) for name, weight in mix if not math.isfinite(weight) or weight == 0]
+    if bad:
+        raise ValueError(
+            f"weights of a mix must be finite and not 0, got {dict(bad)}; leave the adapter out"
+        )
+
+
+def why_no_mix(parts: Many[tuple[Any, float]]) -> str | None:
+    """Why these contents cannot answer together; None if they can."""
+    alone = len(parts) == 1 and parts[0][1] == 1
+    dynamic = [content for content, _ in parts if content.facts.routes_tokens]
+    if alone or not dynamic:
+        return None
+    return (
+        f"{dynamic[0].method.title} decides for every token how its experts are weighed, so it answers alone and with "
+        "weight 1; mix plain or prompt-routed adapters"
+    )

@@ -1,0 +1,165 @@
+"""Shares of tenants: alone, and in the scheduler under unequal load."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.fake_runner import FakeRunner, tokens_of
+from loramux.engine.admission import Limits
+from loramux.engine.fairness import Shares
+
+
+def simulate(arrivals, *, steps, weights=None, lengths=None, num_blocks=400):
+    """Tokens served to each tenant while all of them have work. arrivals: requests per step and tenant."""
+    lengths = lengths or {}
+    runner = FakeRunner(
+        num_blocks=num_blocks,
+        limits=Limits(max_batch=6, max_step_tokens=32, max_chunk=16),
+        weights=weights,
+        has_cache=False,
+    )
+    due = dict.fromkeys(arrivals, 0.0)
+    seed = 0
+    for _ in range(steps):
+        for tenant, rate in arrivals.items():
+            due[tenant] += rate
+            while due[tenant] >= 1:
+                due[tenant] -= 1
+                seed += 1
+                prompt, answer = lengths.get(tenant, (8, 6))
+                runner.add(tokens_of(seed, prompt), max_tokens=answer, tenant=tenant)
+        runner.step()
+    backlog = {s.tenant for s in runner.scheduler._waiting}
+    assert backlog == arrivals.keys(), "the claim is about tenants that all have work waiting"
+    return runner.scheduler.stats().served, runner
+
+
+def test_a_tenant_that_sends_ten_times_more_is_served_the_same():
+    served, _ = simulate({"loud": 10.0, "quiet": 1.0}, steps=300)
+    assert served["quiet"] == pytest.approx(served["loud"], rel=0.03)
+
+
+def test_the_loud_one_gains_nothing_by_being_first():
+    served, runner = simulate({"loud": 10.0}, steps=100)
+    before = served["loud"]
+    for i in range(200):
+        runner.add(tokens_of(i, 8), max_tokens=6, tenant="quiet")
+    for _ in range(200):
+        runner.step()
+    served = runner.scheduler.stats().served
+    assert served["quiet"] == pytest.approx(served["loud"] - before, rel=0.05)
+
+
+def test_long_prompts_and_long_answers_count_by_their_tokens():
+    lengths = {"long": (30, 10), "short": (2, 2)}
+    served, _ = simulate({"long": 2.0, "short": 8.0}, steps=400, lengths=lengths)
+    assert served["short"] == pytest.approx(served["long"], rel=0.05)
+
+
+def test_weights_divide_the_service():
+    weights = {"gold": 3.0, "plain": 1.0}
+    served, _ = simulate({"gold": 3.0, "plain": 3.0}, steps=400, weights=weights)
+    assert served["gold"] == pytest.approx(3 * served["plain"], rel=0.05)
+
+
+def test_preempted_work_is_paid_for_once():
+    served, runner = simulate({"a": 2.0, "b": 2.0}, steps=300, num_blocks=12)
+    assert runner.scheduler.stats().num_preemptions > 10
+    started = [s for s in runner.finished if s.tenant == "a"]
+    most = sum(s.num_tokens - 1 for s in started) + 6 * 14
+    assert sum(s.num_tokens - 1 for s in started) <= served["a"] <= most
+
+
+def test_a_quiet_tenants_request_does_not_wait_for_a_flood():
+    runner = FakeRunner(num_blocks=400, limits=Limits(max_batch=6, max_step_tokens=32))
+    for i in range(500):
+        runner.add(tokens_of(i, 8), max_tokens=6, tenant="flood")
+    for _ in range(50):
+        runner.step()
+    (quiet,) = runner.add(tokens_of(0, 8), max_tokens=6, tenant="quiet")
+    before = len(runner.plans)
+    while quiet.state != "finished":
+        runner.step()
+    assert len(runner.plans) - before <= 15
+
+
+def test_no_tenant_waits_for_ever_on_newcomers():
+    """Tenants that come once and never again start where others are, not before everybody."""
+    runner = FakeRunner(num_blocks=400, limits=Limits(max_batch=2, max_step_tokens=32))
+    regular = []
+    for i in range(20):
+        regular += runner.add(tokens_of(i, 8), max_tokens=4, tenant="regular")
+    for i in range(400):
+        runner.add(tokens_of(i, 8), max_tokens=4, tenant=f"newcomer {i}")
+        runner.step()
+    assert sum(sequence.state == "finished" for sequence in regular) >= 5
+
+
+def test_prompts_under_way_go_on_in_order_of_service():
+    limits = Limits(max_batch=4, max_step_tokens=8, max_chunk=6)
+    runner = FakeRunner(num_blocks=40, limits=limits, weights={"gold": 10.0})
+    (plain,) = runner.add(tokens_of(0, 24), tenant="plain")
+    (gold,) = runner.add(tokens_of(1, 24), tenant="gold")
+    runner.step()
+    runner.step()
+    assert runner.plans == [[(plain, 0, 6), (gold, 0, 2)], [(gold, 2, 6), (plain, 6, 2)]]
+
+
+def test_idle_times_earn_no_credit_and_clear_no_debt():
+    shares = Shares()
+    shares.enter("a")
+    shares.start("a", 0)
+    shares.charge("a", 100, 0)
+    shares.settle()
+    shares.enter("late")
+    assert shares["late"].counter == 100
+    shares.start("late", 0)
+    shares.charge("late", 50, 0)
+    shares.stop("late", 0)
+    shares.leave("late")
+    shares.settle()
+    shares.enter("late")
+    assert shares["late"].counter == 150
+    shares.enter("new")
+    assert shares["new"].counter == 100
+
+
+def test_prompts_under_way_count_before_they_are_served():
+    shares = Shares({"a": 2.0})
+    shares.enter("a")
+    shares.start("a", 10)
+    assert (shares["a"].counter, shares["a"].standing) == (0, 5)
+    shares.charge("a", 4, 4)
+    assert (shares["a"].counter, shares["a"].standing) == (2, 5)
+    shares.stop("a", 6)
+    assert (shares["a"].counter, shares["a"].standing) == (2, 2)
+    shares.check_integrity()
+
+
+def test_tenants_that_come_and_go_are_forgotten():
+    shares = Shares()
+    for i in range(20_000):
+        tenant = f"tenant {i}"
+        shares.enter(tenant)
+        shares.start(tenant, 0)
+        shares.charge(tenant, 1, 0)
+        shares.stop(tenant, 0)
+        shares.leave(tenant)
+        shares.settle()
+    assert len(shares.served()) < 2_000
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_weights_are_positive(weight):
+    with pytest.raises(ValueError, match="weight of tenant 'a' must be above 0 and finite"):
+        Shares({"a": weight})
+
+
+def test_a_weight_can_change_while_its_tenant_is_served():
+    shares = Shares()
+    shares.enter("a")
+    shares.start("a", 0)
+    shares.charge("a", 10, 0)
+    shares.set_weight("a", 10.0)
+    shares.charge("a", 10, 0)
+    assert shares["a"].counter == 11 and shares["a"].served == 20
