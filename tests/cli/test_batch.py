@@ -157,7 +157,7 @@ def test_every_line_is_answered_with_its_adapter_and_parameters(
         ({"messages": [{"role": "user"}]}, "a message must hold"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be"),
         ({"prompt": "x", "temperature": "hot"}, "temperature must be"),
-        ({"prompt": "x", "stop": 5}, "wrong type"),
+        ({"prompt": "x", "stop": 5}, "stop must be a list"),
         ({"prompt": "x", "adapter": "aa"}, "did you mean 'a'"),
         ({"prompt": "x", "adapter": {"a": 1, "zz": 1}}, "no adapter 'zz'"),
         ({"prompt": "x", "adapter": {"a": "1"}}, "weights of a mix"),

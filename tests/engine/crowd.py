@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,3 @@ def dense_logits(
 
 def _prompt(total: int, first: int) -> Tensor:
     return (torch.arange(total) < first).unsqueeze(0)
-
-
-Check = Callable[[], None]

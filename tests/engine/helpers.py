@@ -178,7 +178,7 @@ def assert_idle(engine: Engine) -> None:
     """Nothing is held on behalf of requests that are over: no block, no pin, no lease, no seat in a queue."""
     engine.check_integrity()
     engine.scheduler.check_integrity()
-    assert not engine.has_work()
+    assert not engine.scheduler.has_work
     assert engine.blocks.num_free == engine.blocks.num_blocks
     stats = engine.store.stats()
     assert (stats.num_leases, stats.num_slots_pinned, stats.num_waiting) == (0, 0, 0), stats

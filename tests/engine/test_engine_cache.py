@@ -150,8 +150,7 @@ def test_an_answer_from_the_cache_is_that_without_it(folders: dict[str, Path], w
     draw = random.Random(2)
     common = random_prompt(draw, 30, 30)
     requests = [
-        greedy([*common, *random_prompt(draw, 0, 9)], tokens=6, id=f"r{i}", **who)
-        for i in range(5)
+        greedy([*common, *random_prompt(draw, 0, 9)], tokens=6, id=f"r{i}", **who) for i in range(5)
     ]
     runs = []
     for cached in (True, False):
@@ -216,7 +215,10 @@ def test_other_weights_of_the_base_are_another_key(tmp_path: Path):
         with build_engine(model=build_pico("llama", seed=seed)) as engine:
             taken = []
             take = engine.scheduler.pool.register
-            engine.scheduler.pool.register = lambda b, d, take=take, t=taken: (t.append(d), take(b, d))  # type: ignore[method-assign]
+            engine.scheduler.pool.register = lambda b, d, take=take, t=taken: (
+                t.append(d),
+                take(b, d),
+            )  # type: ignore[method-assign]
             run_all(engine, [greedy(range(4, 20), None, 1, id="r")])
             seeds.append(taken[0])
     assert seeds[0] != seeds[1]

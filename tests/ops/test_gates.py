@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -18,14 +17,11 @@ from loramux.ops.contract import Pairs, RowMap, Spans
 from loramux.ops.gates import LateCall, LateGate, TopKCall, TopKGate
 from loramux.ops.pool import Member, SlotTable, group_linear
 from ops.pool_cases import late_gate, pack
-from ops.test_pool import VARIANTS, forced
+from ops.variants import variant
+
+__all__ = ["variant"]
 
 WIDTH = 24
-
-
-@pytest.fixture(params=[*VARIANTS, "torch"])
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from forced(request.param, monkeypatch)
 
 
 # --- Token top-k --------------------------------------------------------------------------------------

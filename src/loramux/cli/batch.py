@@ -65,9 +65,11 @@ def _run(
     dtype: str | None,
 ) -> dict[str, Any]:
     from loramux.engine.offline import read_done, read_jobs, run_jobs
+    from loramux.engine.sources import identity_of
 
     folders = _folders(adapters)
-    jobs = read_jobs(file, folders, {"max_tokens": max_tokens}, base)
+    stamps = {name: f"{Path(f).resolve()} {identity_of(Path(f))}" for name, f in folders.items()}
+    jobs = read_jobs(file, stamps, {"max_tokens": max_tokens}, f"{base} {dtype}")
     if out.exists() and out.samefile(file):
         raise DataError(f"--out {out} is the file of requests; give another file")
     records = list(read_done(out, jobs).values())

@@ -28,6 +28,10 @@ def check_bare(model: nn.Module) -> None:
                 "this model, or a part of it, already has adapters attached; use handle.add(config, name=...) or "
                 "handle.load(DIR, name=...) on its handle (loramux.handle_of(model)), or handle.detach() first"
             )
+        if getattr(type(module), "serves_engine", False):
+            raise ValueError(
+                "this model serves an engine; close that engine first, or load the base a second time"
+            )
         if type(module).__module__.startswith("peft."):
             raise ValueError(
                 "this model is wrapped by PEFT; call merge_and_unload() or unload() on it first, or save the PEFT "

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from loramux.core.types import Route, Site
-from loramux.engine.facts import RowBlock
 from loramux.engine.program import Entry, Program
 from loramux.ops.contract import Pairs, RowMap
 from loramux.ops.gates import TopKCall, TopKGate
@@ -171,7 +170,3 @@ def take_routes(rows: BlockRows, routes: Sequence[Route]) -> None:
     if not all(route.sums_to_one for route in routes):
         total_N = torch.zeros(rows.map.num_tokens, device=rows.map.weight.device)
         rows.bias_N = total_N.index_add(0, rows.map.token.long(), rows.map.weight)
-
-
-def routed_block(entry: Entry, path: str) -> RowBlock:
-    return entry.facts.blocks[path]

@@ -127,7 +127,9 @@ def content_of(layout: Layout, adapter: Adapter) -> Content:
             "was made for another base"
         )
     routers = copy.deepcopy(adapter.routers_by_key).cpu().requires_grad_(False)
-    return _content(layout, adapter, routers)
+    content = _content(layout, adapter, routers)
+    _ = content.facts  # what a router cannot do shows now, not in a step
+    return content
 
 
 def _read_static(layout: Layout, base: BaseIdentity, folder: Path, check_base: bool) -> Content:

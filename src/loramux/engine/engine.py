@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from loramux.engine.admission import CROWDED, READY, WAIT, Admission, Limits, refused
+from loramux.engine.answers import Answers
 from loramux.engine.blocks import BlockPool
 from loramux.engine.keys import PrefixKey
 from loramux.engine.leases import Lease
@@ -28,19 +32,16 @@ from loramux.engine.request import (
     Completion,
     Delta,
     Request,
-    SamplingParams,
-    as_request,
 )
 from loramux.engine.sampling import Sampled, sample
 from loramux.engine.scheduler import Scheduler
 from loramux.engine.sequence import Sequence, StepPlan
-from loramux.eval.progress import rows_bar
 
 log = logging.getLogger(__name__)
 IDLE_S = 0.001  # while nothing can run because adapters are being read
 
 
-class Engine:
+class Engine(Answers):
     """Serves one base model.
 
     base: a folder, a hub id, a name that `loramux fetch` knows, or a transformers model (then with its tokenizer, or
@@ -87,15 +88,25 @@ class Engine:
         )  # fmt: skip
         self.model, self.tokenizer = self._parts.model, self._parts.tokenizer
         self.store = self._parts.store
-        self.blocks = BlockPool(self._parts.kv.num_blocks, block_size, has_cache=prefix_cache)
-        self.scheduler = Scheduler(
-            self.blocks, limits, self._can_admit, weights=tenant_weights, on_finish=self._release
-        )
+        try:
+            self.blocks = BlockPool(self._parts.kv.num_blocks, block_size, has_cache=prefix_cache)
+            self.scheduler = Scheduler(
+                self.blocks,
+                limits,
+                self._can_admit,
+                weights=tenant_weights,
+                on_finish=self._release,
+            )
+        except BaseException:
+            self._parts.close()
+            raise
+        super().__init__()
         self._open: dict[str, list[Sequence]] = {}  # samples of requests not yet handed out
-        self._order = 0
-        self._silent: list[Sequence] = []  # ended, and nobody was told yet
+        self._order = self._numbered = 0
+        self._silent: list[Delta] = []  # ends that nobody was told yet
         self._is_closed = False
         self.steps = 0
+        self.watch: Callable[[Sequence, Tensor], None] | None = None  # is shown every row of logits
 
     # --- Adapters -------------------------------------------------------------------------------
 
@@ -133,7 +144,7 @@ class Engine:
                 f"a prompt of {len(tokens)} tokens and max_tokens {params.max_tokens} exceed the model's {longest} "
                 "positions; shorten the prompt or lower max_tokens"
             )
-        request_id = request.id if request.id is not None else f"request-{self._order}"
+        request_id = self._free_id() if request.id is None else request.id
         if request_id in self._open:
             raise ValueError(
                 f"a request {request_id!r} is under way; give every request its own id"
@@ -159,10 +170,11 @@ class Engine:
             for sequence in samples:
                 self.scheduler.add(sequence)
                 added.append(sequence)
-        except ValueError:
+        except BaseException:
             for sequence in added:
                 self.scheduler.finish(sequence, "abort")
-            self._silent = [s for s in self._silent if s not in added]
+            self._silent = [delta for delta in self._silent if delta.request_id != request_id]
+            self.store.drop(ticket)
             raise
         self._open[request_id] = samples
         return request_id
@@ -170,6 +182,11 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request now; its completions say "abort". An unknown id is no error: it may just have finished."""
         self.scheduler.abort(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """End a request and drop its completions; an unknown id is no error."""
+        self.abort(request_id)
+        self._open.pop(request_id, None)
 
     def has_work(self) -> bool:
         """Whether `step` has something to do: requests that wait or run, or an end that was not told yet."""
@@ -193,13 +210,18 @@ class Engine:
         """Run one forward for whoever is due, and return what their answers grew by."""
         self._check_open()
         plan = self.scheduler.schedule()
-        deltas = self._endings()
-        if plan is None:
+        deltas: list[Delta] = []
+        if plan is not None:
+            self.steps += 1
+            deltas = self._run(plan)
+        else:
+            self._parts.runner.forget()
             if self.scheduler.has_work:
                 self.store.wait(IDLE_S)
-            return deltas
-        self.steps += 1
-        return deltas + self._run(plan)
+        silent, self._silent = self._silent, []
+        deltas += silent
+        self._tell(deltas)
+        return deltas
 
     def _run(self, plan: StepPlan) -> list[Delta]:
         now = time.perf_counter()
@@ -208,95 +230,45 @@ class Engine:
                 chunk.sequence.started_at = now
         try:
             logits, samplers = self._parts.runner.run(plan)
-            drawn = sample(logits, samplers, self._parts.eos)
+            if self.watch is not None:
+                for sequence, row in zip(samplers, logits, strict=True):
+                    self.watch(sequence, row)
+            drawn = dict(zip(samplers, sample(logits, samplers, self._parts.eos), strict=True))
+            for sequence, got in drawn.items():
+                sequence.error = got.error
+            self.scheduler.commit(plan, {sequence: got.token for sequence, got in drawn.items()})
         except BaseException:
-            self.scheduler.abandon(plan)
+            if self.scheduler.is_planned(plan):
+                self.scheduler.abandon(plan)
             for chunk in plan.chunks:
                 self.scheduler.fail(chunk.sequence, "the step that held this request failed")
             raise
-        return self._commit(plan, dict(zip(samplers, drawn, strict=True)))
+        # A sequence without a token ended in commit(), which left its last delta.
+        return [self._push(s, got) for s, got in drawn.items() if got.token is not None]
 
-    def _commit(self, plan: StepPlan, drawn: Mapping[Sequence, Sampled]) -> list[Delta]:
-        for sequence, got in drawn.items():
-            if got.error is not None:
-                sequence.error = got.error
-        self.scheduler.commit(plan, {sequence: got.token for sequence, got in drawn.items()})
-        now = time.perf_counter()
-        deltas = []
-        for sequence, got in drawn.items():
-            output: Output = sequence.scratch["output"]
-            if got.token is None:
-                deltas.append(output.end())
-                continue
-            delta = output.push(got.token, got.logprob, now)
-            if delta.finish_reason is not None:
-                self.scheduler.finish(sequence, delta.finish_reason)
-            deltas.append(delta)
-        return deltas
-
-    def _endings(self) -> list[Delta]:
-        """Last deltas of sequences that ended without a token: aborted, or their adapter could not be had."""
-        silent, self._silent = self._silent, []
-        outputs: list[Output] = [sequence.scratch["output"] for sequence in silent]
-        return [output.end() for output in outputs if not output.is_over]
-
-    # --- Whole answers --------------------------------------------------------------------------
-
-    def generate(
-        self,
-        requests: Iterable[Request | str | Many[int]],
-        params: SamplingParams | None = None,
-        *,
-        show_progress: bool = False,
-    ) -> list[list[Completion]]:
-        """Answer all requests, in order; each gives `n` completions. Texts and token ids are requests to the base.
-
-        If one cannot be answered, ValueError is raised and none is. show_progress: a bar on standard error.
-        """
-        ids: list[str] = []
+    def _push(self, sequence: Sequence, got: Sampled) -> Delta:
+        """Turn a token into text; what goes wrong there ends this sequence only."""
+        output: Output = sequence.scratch["output"]
+        assert got.token is not None
         try:
-            for request in requests:
-                ids.append(self.add_request(as_request(request, params)))
-            return self._finish(ids, show_progress)
-        except BaseException:
-            for request_id in ids:
-                self.abort(request_id)
-                self._open.pop(request_id, None)
-            raise
-
-    def _finish(self, ids: Many[str], show_progress: bool) -> list[list[Completion]]:
-        waiting, done = list(ids), {}
-        with rows_bar(show_progress, "answer", len(ids)) as begin:
-            advance = begin("")
-            while waiting:
-                self.step()
-                for request_id in waiting:
-                    found = self.completion(request_id)
-                    if found is not None:
-                        done[request_id] = found
-                        advance(1)
-                waiting = [request_id for request_id in waiting if request_id not in done]
-        return [done[request_id] for request_id in ids]
-
-    def stream(
-        self, request: Request | str | Many[int], params: SamplingParams | None = None
-    ) -> Iterator[Delta]:
-        """One request's answer as it grows. Others go on meanwhile; their deltas are in their completions only."""
-        request_id = self.add_request(as_request(request, params))
-        left = len(self._open[request_id])
-        try:
-            while left:
-                for delta in self.step():
-                    if delta.request_id == request_id:
-                        left -= delta.finish_reason is not None
-                        yield delta
-        finally:  # also when the caller stops listening
-            self.abort(request_id)
-            self._open.pop(request_id, None)
+            delta = output.push(got.token, got.logprob, time.perf_counter())
+        except Exception as error:
+            log.exception("request %s: its text could not be made", sequence.request_id)
+            sequence.error = f"its text could not be made: {error}"
+            delta = output.end("error")
+        if delta.finish_reason is not None:
+            self.scheduler.finish(sequence, delta.finish_reason, sequence.error)
+        return delta
 
     # --- Admission ------------------------------------------------------------------------------
 
     def _can_admit(self, sequence: Sequence) -> Admission:
+        try:
+            return self._admit(sequence)
+        except ValueError as error:  # it can never be, and the message says why
+            return refused(str(error))
+
+    def _admit(self, sequence: Sequence) -> Admission:
         if sequence.answered is not None:
             return READY  # it holds its lease: preempted, or asked about before
         ticket = sequence.scratch["ticket"]
@@ -336,8 +308,10 @@ class Engine:
         if lease is not None:
             self.store.release(lease)
         sequence.scratch.pop("ticket", None)
-        if sequence.finish_reason in ("abort", "error"):
-            self._silent.append(sequence)
+        self._parts.runner.forget()  # its program held what it ran with
+        output: Output = sequence.scratch["output"]
+        if not output.is_over:
+            self._silent.append(output.end())
 
     # --- The rest -------------------------------------------------------------------------------
 
@@ -346,14 +320,22 @@ class Engine:
             if self.tokenizer is None:
                 raise ValueError("this engine has no tokenizer: give prompts as token ids")
             prompt = self.tokenizer(prompt)["input_ids"]
-        tokens: list[int] = list(prompt)  # type: ignore[arg-type]
+        tokens = [_as_token(token) for token in prompt]
         vocab = self._parts.vocab
-        bad = [t for t in tokens if not isinstance(t, int) or not 0 <= t < vocab]
+        bad = [token for token in tokens if not 0 <= token < vocab]
         if bad:
             raise ValueError(f"token ids must be in 0..{vocab - 1}, got {bad[:3]}")
         if not tokens:
             raise ValueError("the prompt is empty; it needs at least one token")
         return tokens
+
+    def _free_id(self) -> str:
+        """An id that no open request has, whatever ids requests bring."""
+        while True:
+            self._numbered += 1
+            request_id = f"request-{self._numbered}"
+            if request_id not in self._open:
+                return request_id
 
     def stats(self) -> dict[str, Any]:
         """Numbers for people and logs: steps, the scheduler's, the adapter store's, blocks of the KV pool."""
@@ -390,3 +372,12 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _as_token(token: Any) -> int:
+    if isinstance(token, bool):
+        raise ValueError(f"token ids are whole numbers, got {token!r}")
+    try:
+        return operator.index(token)
+    except TypeError:
+        raise ValueError(f"token ids are whole numbers, got {token!r}") from None

@@ -1,9 +1,9 @@
 """Takes the many small calls between the linears out of a model that stays otherwise its own.
 
 Why: at a few rows, a decode step of transformers spends more time between its linears than on attention. Norms get a
-`forward` of their own (norms.py). An attention module runs the very code of its class, in which one name,
-`apply_rotary_pos_emb`, means one call instead of sixteen. Both only where they were seen to give the same numbers, and
-on the instance, so that other models of the process are not touched.
+`forward` of their own (norms.py), gated activations a promise (activations.py). An attention module runs the very code
+of its class, in which one name, `apply_rotary_pos_emb`, means one call instead of sixteen. Both only where they were
+seen to give the same numbers, and on the instance, so that other models of the process are not touched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loramux.engine.activations import fuse_activations
 from loramux.engine.norms import fuse_norms
 from loramux.ops.rotary import rotary
 
@@ -24,16 +25,16 @@ Turn = Callable[..., tuple[Tensor, Tensor]]
 
 
 def fuse_model(model: nn.Module) -> Callable[[], None]:
-    """Fuses norms and rotary embeddings; the function returned takes all of it back.
+    """Fuses norms, rotary embeddings and gated activations; the function returned takes all of it back.
 
     Parameters, names and hooks stay. Calls that want a gradient, and inputs that the kernels do not take, run as
     before.
     """
-    undo_norms, undo_rotary = fuse_norms(model), fuse_rotary(model)
+    undos = [fuse_norms(model), fuse_rotary(model), fuse_activations(model)]
 
     def undo() -> None:
-        undo_rotary()
-        undo_norms()
+        while undos:
+            undos.pop()()
 
     return undo
 

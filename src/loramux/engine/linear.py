@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 class EngineLinear(nn.Module):
     """Stands where a linear of the model stood; closing the engine puts the very same object back."""
 
+    serves_engine = True
+
     def __init__(self, base_layer: nn.Module, group: Group, place: int):
         super().__init__()
         self.base_layer = base_layer
@@ -93,6 +95,8 @@ class Group:
             y = self.waiting[place]
             if y is not None:
                 self.waiting[place] = None
+                if place == len(self.layers) - 1:
+                    self.given = None  # handed out: nothing of the step is kept
                 return y
         out = self.compute(x)
         if place == 0 and len(out) > 1:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Many
 from typing import Any
 
 from loramux.engine.request import Mix
 
+LEAST, MOST = 1e-30, 1e30  # well within fp32, in which weights reach the kernels
+
 
 def check_mix(mix: Mix) -> None:
-    bad = [(name, weight) for name, weight in mix if not math.isfinite(weight) or weight == 0]
+    """Refuse weights that cannot be computed with, or that would be no part at all."""
+    bad = {name: weight for name, weight in mix if not LEAST <= abs(weight) <= MOST}
     if bad:
         raise ValueError(
-            f"weights of a mix must be finite and not 0, got {dict(bad)}; leave the adapter out"
+            f"weights of a mix must be between {LEAST:g} and {MOST:g} in size, got {bad}; leave out what has weight 0"
         )
 
 

@@ -87,7 +87,8 @@ def read_jobs(
     """Every line of a JSONL file, empty ones skipped. Raises DataError that names the bad lines, if there are any.
 
     A line holds `prompt` (a text or token ids) or `messages`, and may hold `adapter` (a name, or {name: weight}),
-    `tenant`, `id` and any sampling parameter; `defaults` are parameters for lines that do not say.
+    `tenant`, `id` and any sampling parameter; `defaults` are parameters for lines that do not say. `adapters`: the
+    names that lines may use; a mapping also says what each stands for, which becomes part of the keys, as `base` does.
     """
     jobs, bad = [], []
     try:
@@ -140,7 +141,12 @@ def _parse(
         raise DataError(f"tenant must be a text that is not empty, got {tenant!r}")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
         raise DataError(f"id must be a text or a whole number, got {given!r}")
-    asked = [base, prompt, messages, adapter, asdict(params)]
+    Request(
+        prompt=prompt or (0,), adapter=adapter, params=params, tenant=tenant
+    )  # refuses what it refuses
+    named = [adapter] if isinstance(adapter, str) else list(adapter or ())
+    contents = [str(adapters[name]) for name in named] if isinstance(adapters, Mapping) else []
+    asked = [base, prompt, messages, adapter, contents, asdict(params)]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
     return Job(line, key, given, prompt, messages, adapter, tenant, params)
 

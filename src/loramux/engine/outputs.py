@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from loramux.engine.detokenize import Detokenizer
-from loramux.engine.request import Answered, Completion, Delta, TokenLogprob
+from loramux.engine.request import Answered, Completion, Delta, FinishReason, TokenLogprob
 from loramux.engine.sequence import Sequence
 
 
@@ -76,19 +76,19 @@ class Output:
             finish_reason=reason,
         )
 
-    def end(self) -> Delta:
+    def end(self, reason: FinishReason | None = None) -> Delta:
         """The sample ended without another token: an error, or an abort."""
         sequence = self.sequence
         self._is_over = True
         self._ended_at = time.perf_counter()
-        text = self._flush()
+        text = self._flush() if reason is None else ""
         self.text += text
         return Delta(
             request_id=sequence.request_id,
             index=sequence.index,
             text=text,
             token_ids=(),
-            finish_reason=sequence.finish_reason,
+            finish_reason=reason or sequence.finish_reason,
             error=sequence.error,
         )
 

@@ -19,6 +19,7 @@ from loramux.engine.runner import Runner
 from loramux.engine.sizes import parse_bytes
 from loramux.engine.store import AdapterStore
 from loramux.engine.wiring import Wiring
+from loramux.ops.arena import ArenaTable
 from loramux.ops.slots import SlotTable
 from loramux.persist.base import digest_of_base
 
@@ -35,18 +36,13 @@ class Parts:
     eos: frozenset[int]
     kv: KVPool
     store: AdapterStore
-    wiring: Wiring
-    paging: Paging
     runner: Runner
     undo: list[Callable[[], None]]
 
     def close(self) -> None:
         self.store.close()
-        shortcuts, fused = self.undo[1:], self.undo[:1]
-        _undo(shortcuts)
-        self.wiring.close()
-        self.paging.close()
-        _undo(fused)
+        self.runner.forget()
+        _undo(self.undo)
 
 
 def build_parts(
@@ -68,46 +64,66 @@ def build_parts(
         "adapter_memory": adapter_memory,
         "slot_memory": slot_memory,
     }
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1 token, got {block_size}")
     sizes = {name: parse_bytes(size, name) for name, size in budgets.items()}
     model, tokenizer = _load(base, tokenizer, dtype)
     check_bare(model)
-    model.eval()
     shape = probe_model(model)
     sites = find_sites(model)
     weight = next(model.parameters())
     num_blocks = KVPool.num_blocks_for(sizes["kv_memory"], shape.kv, block_size, weight.dtype)
     kv = KVPool(shape.kv, num_blocks, block_size, weight.dtype, weight.device)
-    table = SlotTable([(site.d_in, site.d_out) for site in sites], max_slots)
+    widths = [(site.d_in, site.d_out) for site in sites]
+    table = SlotTable(widths, max_slots)
+    if weight.device.type != "cpu":  # rows are copied to the device, into room set aside for them
+        table = ArenaTable(widths, max_slots, sizes["slot_memory"], weight.device)
     store = AdapterStore(
         model, sites, memory_bytes=sizes["adapter_memory"], slot_bytes=sizes["slot_memory"],
         max_slots=max_slots, table=table, check_base=check_base,
     )  # fmt: skip
     digest = digest_of_base(model)
-    undo = [fuse_model(model)] if fuse else []
+    config: Any = model.config
+    text = config.get_text_config()
+    undo: list[Callable[[], None]] = []
     try:
+        if fuse:
+            undo.append(fuse_model(model))
         wiring = Wiring(model, sites, table, shape.groups, _head_of(model))
+        undo.append(wiring.close)
+        paging = Paging(model, shape, kv)
+        undo.append(paging.close)
+        if fuse:
+            undo.append(shortcut_children(model))
+        undo.append(_evaluating(model))
+        parts = Parts(
+            model=model,
+            tokenizer=tokenizer,
+            base_digest=digest,
+            vocab=int(text.vocab_size),
+            max_length=getattr(text, "max_position_embeddings", None),
+            eos=_eos_of(model, tokenizer),
+            kv=kv,
+            store=store,
+            runner=Runner(model, wiring, paging),
+            undo=undo,
+        )
     except BaseException:
         _undo(undo)
         raise
-    if fuse:
-        undo.append(shortcut_children(model))
-    paging = Paging(model, shape, kv)
-    config: Any = model.config
-    text = config.get_text_config()
-    return Parts(
-        model=model,
-        tokenizer=tokenizer,
-        base_digest=digest,
-        vocab=int(text.vocab_size),
-        max_length=getattr(text, "max_position_embeddings", None),
-        eos=_eos_of(model, tokenizer),
-        kv=kv,
-        store=store,
-        wiring=wiring,
-        paging=paging,
-        runner=Runner(model, wiring, paging),
-        undo=undo,
-    )
+    return parts
+
+
+def _evaluating(model: nn.Module) -> Callable[[], None]:
+    """Dropout and the like are off while the engine serves; the function returned puts every module's mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+
+    def undo() -> None:
+        for module in training:
+            module.training = True
+
+    return undo
 
 
 def _undo(steps: list[Callable[[], None]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -40,14 +39,19 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, list | tuple):
+                raise ValueError(f"{name} must be a list, got {given!r}")
+            object.__setattr__(self, name, tuple(given or ()))
         for name, least, most in _RANGES:
             value = getattr(self, name)
             if value is None and name in ("seed", "logprobs"):
                 continue
             whole = name in _WHOLE
-            right = isinstance(value, int if whole else (int, float)) and value is not True
-            if not right or not math.isfinite(value) or not least <= value <= most:
+            right = isinstance(value, int if whole else (int, float)) and not isinstance(
+                value, bool
+            )
+            if not right or not least <= value <= most:  # no comparison holds for NaN
                 kind = "a whole number" if whole else "a number"
                 raise ValueError(f"{name} must be {kind} in {least}..{most}, got {value!r}")
         if self.repetition_penalty <= 0:
@@ -56,6 +60,8 @@ class SamplingParams:
             raise ValueError(f"top_p must be above 0, got {self.top_p}")
         if not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop must be texts that are not empty, got {self.stop!r}")
+        if not all(type(token) is int and token >= 0 for token in self.stop_token_ids):
+            raise ValueError(f"stop_token_ids must be token ids, got {self.stop_token_ids!r}")
         if self.min_tokens > self.max_tokens:
             raise ValueError(
                 f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})"
@@ -101,6 +107,24 @@ class Request:
     tenant: str = "default"
     salt: str | None = None
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tenant", "salt", "id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name != "tenant"):
+                raise ValueError(f"{name} must be a text, got {value!r}")
+        if not isinstance(self.params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, got {type(self.params).__name__}")
+        if self.adapter is None or isinstance(self.adapter, str):
+            return
+        if not isinstance(self.adapter, Mapping):
+            raise ValueError(
+                f"adapter must be a name, {{name: weight}} or None for the base, got {self.adapter!r}"
+            )
+        for name, weight in self.adapter.items():
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not isinstance(name, str) or not is_number:
+                raise ValueError(f"a mix is {{name: weight}}, got {name!r}: {weight!r}")
 
     @property
     def mix(self) -> Mix:

@@ -36,9 +36,9 @@ class Runner:
             if chunk.samples:
                 wanted.append(len(tokens) - 1)
                 samplers.append(chunk.sequence)
-        paged = self.paging.begin(plan)
-        self.wiring.begin(program)
         try:
+            paged = self.paging.begin(plan)
+            self.wiring.begin(program)
             with torch.inference_mode():
                 out = self.model(
                     input_ids=torch.tensor([tokens], device=self.device),
@@ -71,5 +71,5 @@ class Runner:
         return program
 
     def forget(self) -> None:
-        """Adapters moved to other slots: no program built before is right."""
+        """Nothing runs: what the last step held may go."""
         self._kept = None

@@ -184,6 +184,10 @@ class Scheduler:
                 self._commit_chunk(chunk, tokens)
         self.shares.settle()
 
+    def is_planned(self, plan: StepPlan) -> bool:
+        """Whether the plan still waits for its answer."""
+        return plan is self._plan
+
     def abandon(self, plan: StepPlan) -> None:
         """The plan did not run to its end: its sequences wait again and start over, with the tokens they have."""
         assert plan is self._plan, "abandon() takes the plan that schedule() gave out last"

@@ -81,6 +81,7 @@ class Wiring:
         for hook in self._listening.values():
             hook.remove()
         self._listening.clear()
+        self.forget()
         for parent, name, layer in reversed(self._replaced):
             setattr(parent, name, layer)
         self._replaced.clear()

@@ -57,7 +57,8 @@ static void shrink(const Call *c, int64_t p) {
         dot_tile(&t, x, s->type, a, s->a_type, r, rank, s->d_in, 1);
         memcpy(f, &t, sizeof f);
         for (int64_t i = r; i < rank && i < r + TILE; i++)
-            c->u[p * s->max_rank + i] = f[i - r] * (q->rank_weight ? gate * q->rank_weight[p * q->rank_stride + i] : gate);
+            c->u[p * s->max_rank + i] =
+                f[i - r] * (q->rank_weight ? gate * q->rank_weight[p * q->rank_stride + i] : gate);
     }
 }
 

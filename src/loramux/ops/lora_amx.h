@@ -78,7 +78,8 @@ static void amx_pack(uint32_t *packed, const char *x, int64_t num_rows, int64_t 
         settle(packed);
         return;
     }
-    for (int64_t n = 0; n < num_rows; n += 16) amx_pack_tile(packed + n * width / 2, x + 2 * n * width, num_rows - n, width);
+    for (int64_t n = 0; n < num_rows; n += 16)
+        amx_pack_tile(packed + n * width / 2, x + 2 * n * width, num_rows - n, width);
 }
 
 /* base[n][i] = sums[i][n] for the rows from `first` on that exist */
@@ -95,8 +96,8 @@ INLINE void amx_turn(float *base, int64_t pitch, const float *sums, int64_t firs
         if (i < have) _mm512_storeu_si512(base + (first + i) * pitch, r[i]);
 }
 
-/* Row n of the outputs o..o+15 goes to base + n * pitch, that of o+16..o+31 to `second` + n * pitch, left alone where W
- * ends. */
+/* Row n of the outputs o..o+15 goes to base + n * pitch, that of o+16..o+31 to `second` + n * pitch, left alone where
+ * W ends. */
 static void amx_strip(float *base, float *second, int64_t pitch, const uint32_t *packed, const char *w, int64_t o,
                       int64_t num_w, int64_t width, int64_t num_rows, Stream *s) {
     float sums[TILE * TILE] __attribute__((aligned(64)));

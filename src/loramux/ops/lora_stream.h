@@ -1,7 +1,7 @@
 /* What will be read, in the order in which it will be: asked for a little ahead, line by line, by whoever computes.
  *
- * Why: weights and the rows of many tenants come from memory, and a core keeps its memory busy only while somebody asks.
- * Left alone, memory rests whenever something is computed from the caches.
+ * Why: weights and the rows of many tenants come from memory, and a core keeps its memory busy only while somebody
+ * asks. Left alone, memory rests whenever something is computed from the caches.
  */
 enum { LINE = 64, LEAST_LEAD = 64 << 10, MOST_LEAD = 256 << 10 }; /* bytes */
 

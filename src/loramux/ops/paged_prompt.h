@@ -88,17 +88,6 @@ INLINE __mmask16 lanes_in(int64_t t, int64_t seen, int64_t end) {
     return in;
 }
 
-/* 2^x within 3e-6 of it: more than weights keep that are rounded to bf16. Not for infinities. */
-INLINE __m512 exp2_of(__m512 x) {
-    __m512 n = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, n), p = _mm512_set1_ps(1.3333558e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
 /* One row of scores to weights 2^(factor * (s - largest)), for tokens seen..end-1; 0 elsewhere in first..last-1.
  * Returns their sum. */
 static float weigh_row(float *scores, char *weights, int64_t first, int64_t last, int64_t seen, int64_t end,

@@ -5,9 +5,10 @@
  *
  * where a slot with a DoRA gain c adds c * that + weight[p] * (c - 1) * W_m x[src[p]] instead.
  *
- * Why: a decode step is bound by reading weights and rows once each. Every slot says for itself where its rows lie and of
- * which type they are, so tenants of any rank meet in one call. Sums are fp32 and y is rounded once. Every sum is made
- * in one order, whatever the number of rows or threads: a row's result never depends on its neighbours.
+ * Why: a decode step is bound by reading weights and rows once each. Every slot says for itself where its rows lie and
+ * of which type they are, so tenants of any rank meet in one call. Sums are fp32 and y is rounded once. Every sum is
+ * made in one order, whatever the number of threads: a row's result never depends on its neighbours. (pool_few.h and
+ * pool_many.h give the same base; their adapters differ by less than y's rounding.)
  *
  * Letters: I input width, O output width, N rows that W reads, D rows of y, P pairs, r rank of a slot, m linear.
  */
@@ -173,7 +174,8 @@ static int run_many(Call *c, int64_t rows, int64_t num_pairs, int threads) {
         planned += 4 * (blocks + 1) + (g->members[i].pairs ? 8 * g->members[i].pairs->num_pairs : 0) + 2 * 64;
     }
     int64_t tail = ROWS * 2 * g->d_in, segments = threads * g->num_members * sizeof(Segment);
-    char *from = room(FIRST, tail + segments + planned + 4 * threads * c->late_rows + prepared_bytes(c, rows, folded) + 3 * 64);
+    char *from = room(FIRST, tail + segments + planned + 4 * threads * c->late_rows + prepared_bytes(c, rows, folded)
+                                 + 3 * 64);
     if (!from) return NO_MEMORY;
     c->tail = carve(&from, tail);
     c->segments = carve(&from, segments);

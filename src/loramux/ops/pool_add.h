@@ -1,7 +1,7 @@
 /* y += LoRA for many rows: pairs come in runs of one slot, so 16 rows at a time meet the same rows of A and B.
  *
- * On AMX tiles t = A x is 16 rows of x against 16 packed ranks. The gated t is split into two bf16 numbers (high and low
- * part, 16 bits of mantissa), which meet the same ranks of B in one tile product.
+ * On AMX tiles t = A x is 16 rows of x against 16 packed ranks. The gated t is split into two bf16 numbers (high and
+ * low part, 16 bits of mantissa), which meet the same ranks of B in one tile product.
  *
  * Letters: I input width, O output width, P pairs, r rank of a slot.
  */
@@ -47,7 +47,8 @@ static void gate_run(const AddCall *c, int64_t p, int64_t n) {
     int64_t rank = c->add->slots.rank[slot];
     for (int64_t i = p; i < p + n; i++) {
         float gate = c->add->slots.scale[slot] * q->weight[i], *u = c->u + i * c->pitch;
-        for (int64_t r = 0; r < rank; r++) u[r] *= q->rank_weight ? gate * q->rank_weight[i * q->rank_stride + r] : gate;
+        for (int64_t r = 0; r < rank; r++)
+            u[r] *= q->rank_weight ? gate * q->rank_weight[i * q->rank_stride + r] : gate;
     }
 }
 
@@ -121,19 +122,27 @@ static void shrink_panel(const AddCall *c, int64_t p, int64_t n, int64_t rank, c
     }
 }
 
-/* halves[block][i][0..16) the high parts of row i's ranks, [16..32) the low ones; ranks past the last are zero. */
+/* halves[i][0..16) the high bf16 parts of row i of u [16, 16], [16..32) the low ones. */
+static void split_rows(const float *u, uint16_t *halves) {
+    for (int64_t i = 0; i < RUN; i++, u += TILE, halves += 2 * TILE) {
+        __m512 sum = _mm512_loadu_ps(u);
+        __m256i high = (__m256i)_mm512_cvtneps_pbh(sum);
+        __m512 low = _mm512_sub_ps(sum, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+        /* Infinity minus itself is none; the high part alone says it. */
+        low = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(low, low, _CMP_ORD_Q), low);
+        _mm256_storeu_si256((__m256i *)halves, high);
+        _mm256_storeu_si256((__m256i *)(halves + TILE), (__m256i)_mm512_cvtneps_pbh(low));
+    }
+}
+
+/* halves[block]: 16 ranks of rows p..p + n each; ranks past the last are zero. */
 static void split(const AddCall *c, int64_t p, int64_t n, int64_t rank, uint16_t *halves) {
-    for (int64_t r = 0; r < rank; r += TILE, halves += RUN * 2 * TILE)
-        for (int64_t i = 0; i < n; i++) {
-            __m512 u = _mm512_maskz_loadu_ps(rank - r < TILE ? (1u << (rank - r)) - 1 : 0xffff, c->u + (p + i) * c->pitch + r);
-            __m256i high = (__m256i)_mm512_cvtneps_pbh(u);
-            __m512 rounded = (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
-            __m512 low = _mm512_sub_ps(u, rounded);
-            /* Infinity minus itself is none; the high part alone says it. */
-            low = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(low, low, _CMP_ORD_Q), low);
-            _mm256_storeu_si256((__m256i *)(halves + i * 2 * TILE), high);
-            _mm256_storeu_si256((__m256i *)(halves + i * 2 * TILE + TILE), (__m256i)_mm512_cvtneps_pbh(low));
-        }
+    for (int64_t r = 0; r < rank; r += TILE, halves += RUN * 2 * TILE) {
+        float sums[RUN * TILE] = {0};
+        for (int64_t i = 0; i < n; i++)
+            memcpy(sums + TILE * i, c->u + (p + i) * c->pitch + r, 4 * (rank - r < TILE ? rank - r : TILE));
+        split_rows(sums, halves);
+    }
 }
 
 /* turned[block][o / 16][16][16]: ranks 2i and 2i + 1 of 16 outputs as pairs in line i, and once more in line 8 + i.
@@ -145,10 +154,10 @@ static int pack_b(const char *b, int64_t rank, int64_t pitch, int64_t width, uin
         for (int64_t o = 0; o < width; o += TILE, turned += TILE * TILE)
             for (int64_t i = 0; i < TILE / 2; i++) {
                 __m512i even = _mm512_setzero_si512(), odd = even;
-                if (r + 2 * i < rank)
-                    even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + 2 * ((r + 2 * i) * pitch + o))));
-                if (r + 2 * i + 1 < rank)
-                    odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(b + 2 * ((r + 2 * i + 1) * pitch + o))));
+                const char *row = b + 2 * ((r + 2 * i) * pitch + o);
+                if (r + 2 * i < rank) even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)row));
+                row += 2 * pitch;
+                if (r + 2 * i + 1 < rank) odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)row));
                 even = _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
                 endless |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(even, exponent), exponent);
                 _mm512_storeu_si512(turned + TILE * i, even);
@@ -224,7 +233,8 @@ static void shrink_tiled(const AddCall *c, int64_t p, int64_t n, char *scratch) 
     char *room = scratch + 32 * a->d_in;
     for (int64_t r = 0; r < rank; r += TILE) {
         amx_pack_tile(packed, (const char *)a->slots.a[slot] + 2 * r * a->d_in, rank - r, a->d_in);
-        for (int64_t i = 0; i < n; i += 4 * RUN) shrink_panel(c, p + i, n - i < 4 * RUN ? n - i : 4 * RUN, r, packed, room);
+        for (int64_t i = 0; i < n; i += 4 * RUN)
+            shrink_panel(c, p + i, n - i < 4 * RUN ? n - i : 4 * RUN, r, packed, room);
     }
 }
 
@@ -263,8 +273,8 @@ static void share_add(const AddCall *c, int me, int threads) {
         if (is_tiled(a, slot)) shrink_tiled(c, p, n, scratch);
 #endif
         for (int64_t i = p; !is_tiled(a, slot) && i < p + n; i++)
-            shrink_row(c->u + i * c->pitch, at(c->x, a->type, q->src[i] * a->d_in), a->type, (const char *)a->slots.a[slot],
-                       a->slots.type[slot], a->slots.rank[slot], a->d_in, 0, &none);
+            shrink_row(c->u + i * c->pitch, at(c->x, a->type, q->src[i] * a->d_in), a->type,
+                       (const char *)a->slots.a[slot], a->slots.type[slot], a->slots.rank[slot], a->d_in, 0, &none);
         gate_run(c, p, n);
     }
     BARRIER

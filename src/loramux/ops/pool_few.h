@@ -13,8 +13,7 @@ static void base_block(const Call *c, const Member *m, int64_t o, int64_t count,
 #if defined(__AMX_BF16__)
     if (c->packed && m->d_out % TILE == 0) {
         for (int64_t i = 0; i < count; i += STRIP)
-            amx_strip(base + i, base + i + TILE, pitch, c->packed, m->w, o + i, m->d_out, d_in, c->num_base,
-                      s);
+            amx_strip(base + i, base + i + TILE, pitch, c->packed, m->w, o + i, m->d_out, d_in, c->num_base, s);
         return;
     }
 #endif
@@ -122,14 +121,16 @@ static void plan_stream(const Call *c, Part pairs, Part blocks, Stream *s) {
             const Member *m = g->members + i;
             int32_t slot = m->pairs && p < m->pairs->num_pairs ? m->pairs->slot[p] : -1;
             if (slot < 0 || (p > pairs.first && slot == m->pairs->slot[p - 1])) continue;
-            add_segment(s, (void *)m->slots.a[slot], m->slots.rank[slot] * g->d_in * size_of(m->slots.type[slot]), 1, 0);
+            int64_t bytes = m->slots.rank[slot] * g->d_in * size_of(m->slots.type[slot]);
+            add_segment(s, (void *)m->slots.a[slot], bytes, 1, 0);
         }
     for (int64_t i = 0, before = 0; i < g->num_members; before += c->work[i++].num_blocks) {
         const Member *m = g->members + i;
         Part own = part_of(blocks, before, c->work[i].num_blocks);
         for (int64_t b = own.first; b < own.last; b++) {
             int64_t o = b * c->block, count = m->d_out - o < c->block ? m->d_out - o : c->block;
-            if (c->packed && m->d_out % TILE == 0) add_segment(s, at(m->w, BF16, o * g->d_in), 2 * count * g->d_in, 1, 0);
+            if (c->packed && m->d_out % TILE == 0)
+                add_segment(s, at(m->w, BF16, o * g->d_in), 2 * count * g->d_in, 1, 0);
             int32_t last = -1;
             for (int64_t e = 0; m->pairs && e < m->pairs->num_pairs; e++) {
                 int32_t slot = m->pairs->slot[c->work[i].order[e]];
@@ -161,7 +162,8 @@ static void share(const Call *c, int64_t num_pairs, int me, int threads) {
     if (c->packed && me == 0) amx_pack(c->packed, c->rows, c->num_base, g->d_in);
     if (c->packed) amx_configure(c->num_base);
 #endif
-    for (int64_t i = me; g->late && i < g->late->num_entries; i += threads) gate_late(c, i, c->late + me * c->late_rows);
+    for (int64_t i = me; g->late && i < g->late->num_entries; i += threads)
+        gate_late(c, i, c->late + me * c->late_rows);
     if (g->late) {
         BARRIER
     }

@@ -1,4 +1,4 @@
-/* Routers of a decode step: token top-k over experts, and late gates that read t = A x. The definitions are in gates.py.
+/* Routers of a decode step: token top-k over experts, late gates that read t = A x. The definitions are in gates.py.
  *
  * A row that is not a number gets weights that are none, and valid experts: it never reaches a neighbour.
  *
@@ -59,7 +59,7 @@ static void top_k(const TopK *c, int64_t i, const char *x, float *p) {
     softmax(p, NULL, g->num_experts);
     float sum = 0, *weight = c->exit_weight + c->pair[i];
     for (int64_t j = 0; j < g->k; j++) {
-        int64_t best = -1; /* the first that is left, and any that is larger: no comparison holds for what is no number */
+        int64_t best = -1; /* the first that is left, or any that is larger: what is no number never is */
         for (int64_t e = 0; e < g->num_experts; e++)
             if (p[e] != -INFINITY && (best < 0 || p[e] > p[best])) best = e;
         c->enter_slot[c->pair[i] + j] = c->exit_slot[c->pair[i] + j] = g->slots[best];

@@ -69,8 +69,8 @@ INLINE void shrink_rows(float *t, const char *x, int xt, const char *a, int at_,
     memcpy(t, sums, 4 * rows);
 }
 
-/* t[i] = A[i] x of one row of x. One accumulator per rank row: the same bits in any company. `is_new`: the rows are part
- * of the stream. */
+/* t[i] = A[i] x of one row of x. One accumulator per rank row: the same bits in any company. `is_new`: the rows are
+ * part of the stream. */
 static void shrink_row(float *t, const char *x, int xt, const char *a, int at_, int64_t rank, int64_t width, int is_new,
                        Stream *s) {
     for (int64_t r = 0; r < rank; r += AT_ONCE, a = at(a, at_, AT_ONCE * width)) {
@@ -93,7 +93,8 @@ INLINE vec every_other(vec a, vec b, const int odd) {
 }
 INLINE vec interleave(vec even, vec odd, const int second) {
     const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return (vec)_mm512_permutex2var_ps((__m512)even, second ? _mm512_add_epi32(low, _mm512_set1_epi32(8)) : low, (__m512)odd);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return (vec)_mm512_permutex2var_ps((__m512)even, second ? high : low, (__m512)odd);
 }
 #else
 INLINE vec every_other(vec a, vec b, const int odd) {

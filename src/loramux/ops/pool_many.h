@@ -1,9 +1,9 @@
 /* The group call for many rows on AMX tiles: the linears of prompts, base and adapters in one pass over y.
  *
- * A block of W is turned into tiles once and meets all rows, which are read where they lie. Behind the last input of W a
- * tile goes on with the ranks of B: the gated t of 16 rows is split into two bf16 numbers (high and low part, 16 bits of
- * mantissa), and rows that do not use a slot have zeros there, so a row's bits do not depend on who shares its tile. A
- * slot whose B is not finite would break that (zero times infinity): it is added row by row.
+ * A block of W is turned into tiles once and meets all rows, which are read where they lie. Behind the last input of W
+ * a tile goes on with the ranks of B: the gated t of 16 rows is split into two bf16 numbers (high and low part, 16 bits
+ * of mantissa), and rows that do not use a slot have zeros there, so a row's bits do not depend on who shares its tile.
+ * A slot whose B is not finite would break that (zero times infinity): it is added row by row.
  *
  * Letters: I input width, O output width, N rows, P pairs, r rank of a slot.
  */
@@ -51,9 +51,10 @@ static int64_t find_slot(const int32_t *slots, int64_t count, int32_t slot) {
     return -1;
 }
 
-/* The slots that act on rows 16 n..16 n + 15, in the order of their first pair. Returns how many blocks of 16 ranks they
- * have together. */
-static int64_t slots_of_rows(const Member *m, const Work *k, int64_t n, int64_t num_rows, int32_t *slots, int64_t *count) {
+/* The slots that act on rows 16 n..16 n + 15, in the order of their first pair. Returns how many blocks of 16 ranks
+ * they have together. */
+static int64_t slots_of_rows(const Member *m, const Work *k, int64_t n, int64_t num_rows, int32_t *slots,
+                             int64_t *count) {
     int64_t end = (n + 1) * RUN < num_rows ? (n + 1) * RUN : num_rows, ranks = 0;
     *count = 0;
     for (int32_t e = k->begin[n * RUN]; e < k->begin[end]; e++) {
@@ -82,22 +83,9 @@ static void plan_rows(const Member *m, const Work *k, int64_t num_rows, ManyPlan
     plan->num_entries = plan->begin[plan->num_blocks];
 }
 
-/* The high and the low bf16 part of 16 rows of u. */
-static void split_rows(const float *u, uint16_t *halves) {
-    for (int64_t i = 0; i < RUN; i++, u += TILE, halves += 2 * TILE) {
-        __m512 sum = _mm512_loadu_ps(u);
-        __m256i high = (__m256i)_mm512_cvtneps_pbh(sum);
-        __m512 low = _mm512_sub_ps(sum, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-        /* Infinity minus itself is none; the high part alone says it. */
-        low = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(low, low, _CMP_ORD_Q), low);
-        _mm256_storeu_si256((__m256i *)halves, high);
-        _mm256_storeu_si256((__m256i *)(halves + TILE), (__m256i)_mm512_cvtneps_pbh(low));
-    }
-}
-
 /* Fills the entries of rows 16 n..16 n + 15; `at_` is where they begin. */
-static int64_t fill_rows(const Member *m, const Work *k, const ManyPlan *plan, int64_t n, int64_t num_rows, int32_t *own,
-                         int64_t at_) {
+static int64_t fill_rows(const Member *m, const Work *k, const ManyPlan *plan, int64_t n, int64_t num_rows,
+                         int32_t *own, int64_t at_) {
     int64_t count, end = (n + 1) * RUN < num_rows ? (n + 1) * RUN : num_rows;
     slots_of_rows(m, k, n, num_rows, own, &count);
     for (int64_t i = 0; i < count; i++)
@@ -118,8 +106,8 @@ static int64_t fill_rows(const Member *m, const Work *k, const ManyPlan *plan, i
     return at_;
 }
 
-/* 32 rows by 32 outputs (16 where W ends): sums in registers from the first input to the last rank. `turned`: two blocks
- * of W as tiles; `b`: where the ranks of the entries' slots lie for these outputs. */
+/* 32 rows by 32 outputs (16 where W ends): sums in registers from the first input to the last rank. `turned`: two
+ * blocks of W as tiles; `b`: where the ranks of the entries' slots lie for these outputs. */
 static void many_tile(const Call *c, const ManyPlan *plan, const char *x, int64_t n, const uint32_t *turned,
                       const uint32_t *b, int64_t b_step, const uint8_t *is_finite, int two, float *sums, Rest *rest) {
     int64_t d_in = c->group->d_in, drained = (ROWS * STEP + d_in - 1) / d_in;
@@ -165,7 +153,7 @@ static void many_tile(const Call *c, const ManyPlan *plan, const char *x, int64_
 }
 
 /* Pairs of slots whose B is not finite, outputs o..o + count. */
-static void add_unsafe(const Call *c, const Member *m, const Work *k, const ManyPlan *plan, int64_t o, int64_t count,
+static void add_unsafe(const Member *m, const Work *k, const ManyPlan *plan, int64_t o, int64_t count,
                        const uint8_t *is_finite, float *row) {
     Stream none = {.lead = MOST_LEAD};
     for (int64_t p = 0; p < m->pairs->num_pairs; p++) {
@@ -177,11 +165,10 @@ static void add_unsafe(const Call *c, const Member *m, const Work *k, const Many
             tile t = load_tile(y + 2 * i, BF16, TILE);
             memcpy(row + i, &t, sizeof t);
         }
-        expand_row(row, k->u + p * k->max_rank, (const char *)m->slots.b[slot] + 2 * o, BF16, m->slots.rank[slot], m->d_out,
-                   count, 0, &none);
+        expand_row(row, k->u + p * k->max_rank, (const char *)m->slots.b[slot] + 2 * o, BF16, m->slots.rank[slot],
+                   m->d_out, count, 0, &none);
         store_row(y, BF16, row, NULL, count);
     }
-    (void)c;
 }
 
 /* Outputs o..o + count of all rows. `scratch`: W and B as tiles, sums, flags. */
@@ -211,15 +198,17 @@ static void many_block(const Call *c, const Member *m, const Work *k, const Many
             float *own = sums + turn_ * ROWS * 2 * TILE;
             int two = i + TILE < count;
             advance(s, 0, 2 * STRIP * ROWS * d_in / c->num_base);
-            many_tile(c, plan, x, n / RUN, turned + 8 * d_in * (i / TILE), b + i * TILE, b_step, is_finite, two, own, &rest);
-            rest = (Rest){.sums = own, .y = (char *)k->y + 2 * (n * m->d_out + o + i), .stride = 2 * m->d_out, .last = have, .two = two};
+            many_tile(c, plan, x, n / RUN, turned + 8 * d_in * (i / TILE), b + i * TILE, b_step, is_finite, two, own,
+                      &rest);
+            char *y = (char *)k->y + 2 * (n * m->d_out + o + i);
+            rest = (Rest){.sums = own, .y = y, .stride = 2 * m->d_out, .last = have, .two = two};
             for (int j = 0; m->bias && j <= two; j++) {
                 tile t = load_tile(at(m->bias, BF16, o + i + j * TILE), BF16, TILE);
                 rest.bias[j] = (__m512)t.v[0];
             }
         }
     write_rows(&rest, ROWS);
-    if (!all_finite) add_unsafe(c, m, k, plan, o, count, is_finite, (float *)turned);
+    if (!all_finite) add_unsafe(m, k, plan, o, count, is_finite, (float *)turned);
 }
 
 static void many_shrink(const Call *c, Part pairs, char *scratch) {
@@ -252,7 +241,8 @@ static void share_many(const Call *c, int64_t num_pairs, int me, int threads) {
         fold_rows((char *)at(c->rows, g->type, n * g->d_in), c->x, g->type, g->exit, c->row_order, c->row_begin[n],
                   c->row_begin[n + 1], g->d_in);
     BARRIER
-    for (int64_t i = me; g->late && i < g->late->num_entries; i += threads) gate_late(c, i, c->late + me * c->late_rows);
+    for (int64_t i = me; g->late && i < g->late->num_entries; i += threads)
+        gate_late(c, i, c->late + me * c->late_rows);
     if (g->late) {
         BARRIER
     }
@@ -275,8 +265,9 @@ static void share_many(const Call *c, int64_t num_pairs, int me, int threads) {
         const Member *m = g->members + i;
         Part own = part_of(blocks, before, c->work[i].num_blocks);
         if (own.first < own.last) {
-            int64_t last = own.last * c->block < m->d_out ? own.last * c->block : m->d_out;
-            add_segment(&s, at(m->w, BF16, own.first * c->block * g->d_in), 2 * (last - own.first * c->block) * g->d_in, 1, 0);
+            int64_t first = own.first * c->block, last = own.last * c->block;
+            if (last > m->d_out) last = m->d_out;
+            add_segment(&s, at(m->w, BF16, first * g->d_in), 2 * (last - first) * g->d_in, 1, 0);
         }
     }
     for (int64_t i = 0, before = 0; i < g->num_members; before += c->work[i++].num_blocks) {
