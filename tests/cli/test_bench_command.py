@@ -35,7 +35,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 @pytest.mark.parametrize("what", ["decode", "prefill", "mixed", "load", "residency", "serve"])
 def test_everything_the_engine_promises_can_be_asked_for(what: str, calls: list[Any]) -> None:
     assert main(["bench", what, "--quick", "--part", "engine"]) == 0
-    assert calls == [((what, True), {"base": None, "part": "engine"})]
+    assert calls == [((what, True), {"base": None, "part": "engine", "rounds": None})]
 
 
 def test_the_names_are_those_of_the_library() -> None:

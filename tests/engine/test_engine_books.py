@@ -176,6 +176,11 @@ def test_a_step_that_raises_ends_its_requests_and_later_ones_are_answered(
     assert_like_plain(merged({folders["p1"]: 1.0}), request, done["later"], seen)
 
 
+def step_often(engine: Engine, count: int) -> None:
+    for _ in range(count):
+        engine.step()
+
+
 def test_a_stream_that_is_left_gives_back_what_it_held(engine: Engine):
     stream = engine.stream(greedy([5, 6, 7], "p0", 50))
     assert next(stream).token_ids

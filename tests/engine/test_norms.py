@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from engine.pages import plain, texts
 from loramux.engine.norms import fuse_norms, is_fused
 from loramux.ops import norm
+from loramux.ops.norm import RULES, Rule, rms_norm_torch
 from pico import FAMILIES, build_pico
 
 
@@ -104,6 +105,23 @@ class GroupNorm(Odd):
     def forward(self, x: Tensor) -> Tensor:
         half = nn.functional.rms_norm(x.unflatten(-1, (2, 16)), (16,), None, 1e-6)
         return half.flatten(-2) * self.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_form_of_a_norm_is_told_from_the_others(rule: Rule, dtype: torch.dtype) -> None:
+    class Norm(Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return rms_norm_torch(x, self.weight, 1e-6, rule)
+
+    module = nn.Sequential(Norm()).to(dtype)
+    fuse_norms(module)
+    assert fused_of(module)
+    x = torch.randn(500, 32).to(dtype)
+    with torch.no_grad():
+        got, expected = module(x), rms_norm_torch(x, module[0].weight, 1e-6, rule)
+    torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(dtype).eps, atol=0)
+    assert (got == expected).float().mean() > (0.99 if dtype is torch.bfloat16 else 0.5)
 
 
 @pytest.mark.parametrize("kind", [CentredNorm, OtherEps, TwoInputs, GroupNorm])

@@ -35,15 +35,19 @@ def bench(
     base: str | os.PathLike[str] | None = None,
     part: str | None = None,
     effort: Effort | None = None,
+    rounds: int | None = None,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Rows of ratios, the machine they hold for, and what could not be measured here.
 
     `base`: a checkpoint instead of random weights of the SmolLM2 shape. `part`: only the attached models, or only the
     engine, where there are both. `quick`: few rounds on a cut model, which says that it runs and nothing about speed.
+    `rounds`: at most so many paired rounds of everything; fewer give wider intervals.
     """
     chosen = _parts(what, part)
     effort = effort or (QUICK if quick else FULL)
+    if rounds is not None:
+        effort = effort.at_most(rounds)
     folder = None if base is None else os.fspath(base)
     measured = Measured()
     with one_thread(), bars(show_progress) as begin:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -72,6 +72,13 @@ class Effort:
     serve_prompt: tuple[int, int] = (32, 256)
     serve_answer: tuple[int, int] = (16, 128)
     streams: int = 8
+
+    def at_most(self, rounds: int) -> Effort:
+        """The same with no more than so many rounds of anything. Raises ValueError below 3: no interval comes of it."""
+        if rounds < 3:
+            raise ValueError(f"rounds must be at least 3, got {rounds}")
+        names = [f.name for f in fields(self) if f.name.endswith("_rounds")]
+        return replace(self, **{name: min(getattr(self, name), rounds) for name in names})
 
 
 FULL = Effort(

@@ -47,6 +47,9 @@ def bench(
             "--part", help="Only attached models, or only the engine, of decode and load."
         ),
     ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=3, metavar="N", help="At most so many paired rounds.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Time variants against references; ratios are medians of paired rounds.
@@ -62,7 +65,8 @@ def bench(
     with only_json(json):
         from loramux.bench.run import bench as run
 
-        result = run(what.value, quick, base=base, part=None if part is None else part.value)
+        half = None if part is None else part.value
+        result = run(what.value, quick, base=base, part=half, rounds=rounds)
     emit(result, json, _show)
     if json is not None and json != STDOUT:
         from loramux.bench.plot import save_chart

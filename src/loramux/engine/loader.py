@@ -104,7 +104,7 @@ def run_job(job: Job, read: Read, limit_bytes: int) -> None:
             if size > 2 * limit_bytes + HEADERS:  # fp64 rows may become fp32
                 raise ValueError(
                     f"{job.folder} holds {size:,} bytes in files of tensors, the budget for adapters in memory is "
-                    f"{limit_bytes:,}; raise memory_bytes"
+                    f"{limit_bytes:,}; raise adapter_memory"
                 )
             try:
                 content = read(job.folder)

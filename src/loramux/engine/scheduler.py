@@ -61,7 +61,7 @@ class SchedulerStats:
 
 
 class Scheduler:
-    """See the top of this file. One plan is under way at a time; not thread-safe: the engine calls it under its lock.
+    """See the top of this file. One plan is under way at a time; not thread-safe: one thread calls.
 
     can_admit(sequence) is asked, in order of fairness, about waiting sequences whenever there is room in the batch.
     READY means that the sequence holds its lease; it may be asked again (no blocks yet, or preempted) and then

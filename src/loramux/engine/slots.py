@@ -71,7 +71,7 @@ class SlotTier:
         if slots > self.max_slots:
             return f"it needs {slots} adapter slots (one per expert), the engine has {self.max_slots}; raise max_slots"
         if nbytes > self.max_bytes:
-            return f"it needs {nbytes:,} bytes in slots, the budget is {self.max_bytes:,}; raise slot_bytes"
+            return f"it needs {nbytes:,} bytes in slots, the budget is {self.max_bytes:,}; raise slot_memory"
         return None
 
     def acquire(self, contents: Sequence[Slottable]) -> list[range] | None:

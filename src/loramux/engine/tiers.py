@@ -30,7 +30,7 @@ class Tiers:
         if nbytes > self.memory.limit:
             return (
                 f"it takes {nbytes:,} bytes, the budget for adapters in memory is {self.memory.limit:,}; raise "
-                "memory_bytes"
+                "adapter_memory"
             )
         return self.slots.why_never(own.values())
 

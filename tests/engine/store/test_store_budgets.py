@@ -115,8 +115,8 @@ def test_an_adapter_larger_than_memory_is_refused_with_the_numbers(
     store.register("a", lora(0))
     ticket = store.want((("a", 1.0),))
     assert wait_for(store, ticket) == "failed"
-    assert ticket.error is not None and f"{size - 1:,}; raise memory_bytes" in ticket.error
-    with pytest.raises(ValueError, match="raise memory_bytes"):
+    assert ticket.error is not None and f"{size - 1:,}; raise adapter_memory" in ticket.error
+    with pytest.raises(ValueError, match="raise adapter_memory"):
         store.add("a", lora(0))
     store.check_integrity()
 
@@ -143,7 +143,7 @@ def test_an_adapter_larger_than_the_slot_tier_is_refused_with_the_numbers(
     store.register("a", lora(0))
     ticket = store.want((("a", 1.0),))
     assert wait_for(store, ticket) == "failed"
-    assert ticket.error is not None and "the budget is 100; raise slot_bytes" in ticket.error
+    assert ticket.error is not None and "the budget is 100; raise slot_memory" in ticket.error
 
 
 def test_a_mix_that_never_fits_is_refused_and_its_parts_are_let_go(
@@ -152,9 +152,9 @@ def test_a_mix_that_never_fits_is_refused_and_its_parts_are_let_go(
     mix = (("a0", 0.5), ("a1", 0.5))
     size = size_of(make(), lora(0))
     for budgets, reason in (
-        ({"memory": 2 * size - 1}, "takes .* bytes, the budget .*raise memory_bytes"),
+        ({"memory": 2 * size - 1}, "takes .* bytes, the budget .*raise adapter_memory"),
         ({"slots": 1}, "it needs 2 adapter slots.*raise max_slots"),
-        ({"slot_bytes": size + 1}, "raise slot_bytes"),
+        ({"slot_bytes": size + 1}, "raise slot_memory"),
     ):
         store = make(**budgets)
         for i in range(3):
