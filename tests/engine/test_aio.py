@@ -16,7 +16,7 @@ class CountingEngine:
 
     def __init__(self, step_s=0.001, fail_at=None, waits=0):
         self.running, self.done, self.aborted, self.threads = {}, {}, [], set()
-        self.num_steps, self.is_closed, self.most = 0, False, 0
+        self.num_steps, self.is_closed, self.most, self.added = 0, False, 0, 0
         self.step_s, self.fail_at, self.waits = step_s, fail_at, waits
         self.idle_steps, self.adding = 0, threading.Event()
 
@@ -27,7 +27,8 @@ class CountingEngine:
             time.sleep(0.05)
         if request.adapter == "unknown":
             raise ValueError("no adapter 'unknown'")
-        name = request.id or f"request-{len(self.running) + len(self.done) + len(self.aborted)}"
+        self.added += 1
+        name = request.id or f"request-{self.added}"
         assert name not in self.running
         self.running[name] = (request, [[] for _ in range(request.params.n)])
         self.most = max(self.most, len(self.running))
@@ -179,7 +180,7 @@ def test_a_refused_request_takes_the_others_of_its_generate_with_it():
         await until(lambda: not engine.running)
         return engine.aborted
 
-    assert run(scenario) == ["request-0"]
+    assert run(scenario) == ["request-1"]
 
 
 def test_leaving_a_stream_aborts_its_request():
