@@ -8,12 +8,15 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 STORM_ARGS ?=
+ALIKE_ARGS ?=
+# What `loramux fetch smollm2-135m` makes.
+BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 
 # One thread per process: two pytest workers with a thread pool each fight for the same cores.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo tenants test lint format bench storm clean
+.PHONY: demo tenants test lint format bench storm alike clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
@@ -35,6 +38,9 @@ format: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	for what in decode prefill mixed load residency serve train; do $(BIN)/loramux bench $$what $(BENCH_ARGS) || exit 1; done
+
+alike: $(VENV)/.stamp-dev
+	$(BIN)/python -m loramux.bench.alike $(BASE) $(ALIKE_ARGS)
 
 storm: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.bench.storm $(STORM_ARGS)

@@ -12,12 +12,10 @@ import logging
 import operator
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from loramux.engine.admission import CROWDED, READY, WAIT, Admission, Limits, refused
 from loramux.engine.answers import Answers
@@ -106,7 +104,6 @@ class Engine(Answers):
         self._silent: list[Delta] = []  # ends that nobody was told yet
         self._is_closed = False
         self.steps = 0
-        self.watch: Callable[[Sequence, Tensor], None] | None = None  # is shown every row of logits
 
     # --- Adapters -------------------------------------------------------------------------------
 
@@ -230,9 +227,6 @@ class Engine(Answers):
                 chunk.sequence.started_at = now
         try:
             logits, samplers = self._parts.runner.run(plan)
-            if self.watch is not None:
-                for sequence, row in zip(samplers, logits, strict=True):
-                    self.watch(sequence, row)
             drawn = dict(zip(samplers, sample(logits, samplers, self._parts.eos), strict=True))
             for sequence, got in drawn.items():
                 sequence.error = got.error
