@@ -9,8 +9,6 @@ Letters: N rows of x, D rows of y, M FFN rows, I input width, O output width.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -27,7 +25,7 @@ from loramux.ops.cpu_structs import (
     pairs_address,
     rows_address,
 )
-from loramux.ops.library import load
+from loramux.ops.library import Kernel, load_function
 
 __all__ = [
     "SiteState",
@@ -53,25 +51,11 @@ ERRORS = {
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The loaded library, or why there is none. `variant` names the instruction set it was compiled for."""
-
-    call: Callable[..., int] | None
-    variant: str
-    why_not: str = ""
-
-
 @cache
 def kernel() -> Kernel:
     """Compiled and loaded on first use, see library.py."""
-    library = load("lora")
-    if library.code is None:
-        return Kernel(None, library.variant, library.why_not)
-    call = library.code.loramux_linear
-    call.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64, ctypes.c_int]
-    call.restype = ctypes.c_int
-    return Kernel(call, library.variant)
+    takes = [*[ctypes.c_void_p] * 6, ctypes.c_int64, ctypes.c_int]
+    return load_function("lora", "loramux_linear", takes, ctypes.c_int)
 
 
 def available() -> bool:

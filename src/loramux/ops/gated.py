@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
@@ -12,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loramux.ops.library import load
+from loramux.ops.cpu_structs import TYPES
+from loramux.ops.library import Kernel, load_function
 
 Activation = Literal["silu", "gelu_tanh"]
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def gated_torch(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
@@ -25,24 +23,11 @@ def gated_torch(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
     return functional.gelu(gate, approximate="tanh") * up
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The function of gated.c, or why there is none."""
-
-    call: Callable[..., None] | None
-    variant: str
-    why_not: str = ""
-
-
 @cache
 def kernel() -> Kernel:
-    library = load("gated")
-    if library.code is None:
-        return Kernel(None, library.variant, library.why_not)
-    call = library.code.loramux_gate
-    call.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 3]
-    call.restype = None
-    return Kernel(call, library.variant)
+    return load_function(
+        "gated", "loramux_gate", [*[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int] * 3]
+    )
 
 
 def gated(gate: Tensor, up: Tensor, activation: Activation) -> Tensor | None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loramux.ops.compiler import BuildError, build, runnable_variants
 
@@ -39,3 +41,22 @@ def load(name: str) -> Library:
         "torch",
         "the system does not let this process use the instructions it was built for",
     )
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """The one function of a C file, or why there is none."""
+
+    call: Callable[..., Any] | None
+    variant: str
+    why_not: str = ""
+
+
+def load_function(name: str, function: str, takes: Sequence[Any], returns: Any = None) -> Kernel:
+    """`function` of `name`.c with its ctypes signature."""
+    library = load(name)
+    if library.code is None:
+        return Kernel(None, library.variant, library.why_not)
+    call = getattr(library.code, function)
+    call.argtypes, call.restype = list(takes), returns
+    return Kernel(call, library.variant)

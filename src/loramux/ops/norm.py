@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from loramux.ops.library import load
+from loramux.ops.cpu_structs import TYPES
+from loramux.ops.library import Kernel, load_function
 
 # When x / rms is rounded to the dtype of x: before the weight is applied (Llama), after it, or after weight + 1
 # (Gemma).
 Rule = Literal["round_first", "round_last", "shifted"]
 RULES: tuple[Rule, ...] = get_args(Rule)
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def rms_norm_torch(x: Tensor, weight_D: Tensor, eps: float, rule: Rule) -> Tensor:
@@ -43,24 +42,11 @@ class NormStruct(ctypes.Structure):
     ]
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The function of norm.c, or why there is none."""
-
-    call: Callable[..., None] | None
-    variant: str
-    why_not: str = ""
-
-
 @cache
 def kernel() -> Kernel:
-    library = load("norm")
-    if library.code is None:
-        return Kernel(None, library.variant, library.why_not)
-    call = library.code.loramux_norm
-    call.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
-    call.restype = None
-    return Kernel(call, library.variant)
+    return load_function(
+        "norm", "loramux_norm", [ctypes.c_void_p] * 3 + [ctypes.c_int64, ctypes.c_int]
+    )
 
 
 def bind_norm(weight_D: Tensor, eps: float, rule: Rule) -> Callable[[Tensor], Tensor | None] | None:

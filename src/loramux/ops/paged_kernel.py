@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loramux.ops.cpu_structs import TYPES
 from loramux.ops.library import load
 
 if TYPE_CHECKING:
     from loramux.ops.paged import LayerKV, PagedRows
 
 KERNEL_TOKENS = 16  # the kernel reads keys of so many tokens at once: blocks are multiples of it
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 ERRORS = {
     1: "out of memory",
     2: "a token's slot lies outside the pool",

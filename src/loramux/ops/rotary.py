@@ -6,16 +6,14 @@ Letters: N tokens, H query heads, G key heads, D head width, R numbers of a head
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from loramux.ops.library import load
+from loramux.ops.cpu_structs import TYPES
+from loramux.ops.library import Kernel, load_function
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _TURN = ctypes.c_int64 * 7
 
 
@@ -34,24 +32,13 @@ def rotary_torch(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     return turn(query), turn(key)
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """The function of rotary.c, or why there is none."""
-
-    call: Callable[..., None] | None
-    variant: str
-    why_not: str = ""
-
-
 @cache
 def kernel() -> Kernel:
-    library = load("rotary")
-    if library.code is None:
-        return Kernel(None, library.variant, library.why_not)
-    call = library.code.loramux_rotary
-    call.argtypes = [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int, ctypes.c_int]
-    call.restype = None
-    return Kernel(call, library.variant)
+    return load_function(
+        "rotary",
+        "loramux_rotary",
+        [*[ctypes.c_void_p] * 4, *[ctypes.c_int64] * 3, ctypes.c_int, ctypes.c_int],
+    )
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor] | None:
