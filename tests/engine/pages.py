@@ -45,14 +45,13 @@ class Pages:
     def step(self, chunks: Many[Chunk], copies: tuple[tuple[int, int], ...] = ()) -> list[Tensor]:
         """Logits [count, V] of every chunk."""
         spans = [(c.sequence.tokens, i) for c in chunks for i in range(c.start, c.start + c.count)]
-        keywords = self.paging.begin(StepPlan(tuple(chunks), copies))
+        self.paging.begin(StepPlan(tuple(chunks), copies))
         try:
             with torch.inference_mode():
                 logits: Tensor = self.model(
                     input_ids=torch.tensor([[tokens[i] for tokens, i in spans]]),
                     position_ids=torch.tensor([[i for _, i in spans]]),
                     use_cache=False,
-                    **keywords,
                 ).logits[0]
         finally:
             self.paging.end()

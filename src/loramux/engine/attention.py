@@ -48,18 +48,14 @@ class Paging:
             kv = LayerKV(keys, values, site.scale, site.window, site.softcap)
             vars(site.module)[NAME] = Layer(self, kv)
 
-    def begin(self, plan: StepPlan) -> dict[str, Any]:
-        """Copies the blocks that the plan wants copied and takes over attention, until `end`.
-
-        Returns keywords for the model call (none, at present).
-        """
+    def begin(self, plan: StepPlan) -> None:
+        """Copies the blocks that the plan wants copied and takes over attention, until `end`."""
         self.pool.copy(plan.copies)
         self.rows = lay_out(plan.chunks, self.pool)
         if self._own is None:
             self._own = [config._attn_implementation for config in self._configs]
             for config in self._configs:
                 config._attn_implementation = NAME
-        return {}
 
     def end(self) -> None:
         """The model attends as it did before."""

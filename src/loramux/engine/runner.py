@@ -37,7 +37,7 @@ class Runner:
                 wanted.append(len(tokens) - 1)
                 samplers.append(chunk.sequence)
         try:
-            paged = self.paging.begin(plan)
+            self.paging.begin(plan)
             self.wiring.begin(program)
             with torch.inference_mode():
                 out = self.model(
@@ -46,7 +46,6 @@ class Runner:
                     use_cache=False,
                     # Without samplers the last row is computed and dropped: 0 would mean all rows.
                     logits_to_keep=torch.tensor(wanted or [len(tokens) - 1], device=self.device),
-                    **paged,
                 )
         except BaseException:
             self.wiring.forget()
