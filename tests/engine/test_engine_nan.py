@@ -16,7 +16,6 @@ from engine.crowd import build_engine, greedy, random_prompt, save_variants
 from engine.helpers import (
     Done,
     Logits,
-    assert_close,
     assert_idle,
     assert_like_plain,
     record_samples,
@@ -92,7 +91,7 @@ def run_with(bad: Path, folders: dict[str, Path], **options: object) -> tuple[Do
 def test_a_row_that_is_not_finite_ends_its_request_and_leaves_the_others_bit_equal(
     variant: Variant, most_rows: int, folders: dict[str, Path], root: Path
 ):
-    """In steps that are small enough for the kernel, rows of experts included, and in large ones."""
+    """In small steps and in large ones."""
     options = {"max_step_tokens": most_rows, "max_batch": 12}
     done, seen = run_with(save_bad(variant, root, HUGE), folders, **options)
     (bad,) = done["bad"]
@@ -103,12 +102,8 @@ def test_a_row_that_is_not_finite_ends_its_request_and_leaves_the_others_bit_equ
     assert calm["bad"][0].finish_reason == "length"
     others = {key: row for key, row in seen.items() if key[0] != "bad"}
     assert others.keys() == {key for key in wanted if key[0] != "bad"}
-    # How many experts a token of the dynamic strategy gets depends on its numbers, and torch rounds a product of more
-    # rows otherwise.
-    is_exact = variant.label != "dynamic" or most_rows == 16
     for key, row in others.items():
-        assert torch.equal(row, wanted[key]) or not is_exact, key
-        assert_close(row, wanted[key], key)
+        assert torch.equal(row, wanted[key]), key
     for name in done.keys() - {"bad"}:
         assert done[name][0].token_ids == calm[name][0].token_ids
         assert done[name][0].error is None

@@ -9,8 +9,8 @@ Letters: N tokens, M rows, P pairs, K experts chosen, S sites of the block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -132,28 +132,48 @@ def _places(program: Program, routed: set[int], at: int) -> dict[int, int]:
     return places
 
 
-def attach_gates(rows: BlockRows, gates: Sequence[TopKGate]) -> None:
-    """Let the kernel route: `gates` in the order of the routed entries."""
-    token, gate, pair, row = [], [], [], []
-    for number, own in enumerate(rows.routed):
+def attach_gates(rows: BlockRows, path: str) -> None:
+    """Let the kernel route the entries whose router it knows."""
+    gates: list[TopKGate] = []
+    slots, token, gate, pair, row = [], [], [], [], []
+    for own in rows.routed:
+        known = own.entry.facts.blocks[path].gate
+        if known is None:
+            continue
         n = own.entry.count
         step = torch.arange(n, dtype=torch.int32)
         token.append(step + own.entry.first)
-        gate.append(torch.full((n,), number, dtype=torch.int32))
+        gate.append(torch.full((n,), len(gates), dtype=torch.int32))
         pair.append(own.pair + step * own.k)
         row.append(rows.first_N[own.entry.tokens].int().cpu())
+        slots.append(own.entry.slots[0])
+        gates.append(known)
+    if not gates:
+        return
     # One exit linear closes an FFN; all entry linears share slots, and their routed weights stay 1.
     enter, leave = next(iter(rows.enter.values())), next(iter(rows.exit.values()))
-    rows.call = TopKCall(
-        list(gates), [own.entry.slots[0] for own in rows.routed],
-        torch.cat(token), torch.cat(gate), torch.cat(pair), torch.cat(row),
-        enter, leave, rows.map,
-    )  # fmt: skip
+    arrays = (torch.cat(token), torch.cat(gate), torch.cat(pair), torch.cat(row))
+    rows.call = TopKCall(gates, slots, *arrays, enter, leave, rows.map)
 
 
-def take_routes(rows: BlockRows, routes: Sequence[Route]) -> None:
-    """What routers decided in torch, written where the kernel would have written it."""
-    for own, route in zip(rows.routed, routes, strict=True):
+def widened(route: Route, num_experts: int) -> Route:
+    """The same choice with a column for every expert, the unchosen empty.
+
+    The number of a token's rows must not depend on its numbers: torch rounds a product of more rows otherwise, so one
+    request would move the bits of another.
+    """
+    assert route.slot is not None and route.weight is not None
+    missing = num_experts - route.slot.shape[1]
+    slot = torch.nn.functional.pad(route.slot, (0, missing), value=-1)
+    return replace(route, slot=slot, weight=torch.nn.functional.pad(route.weight, (0, missing)))
+
+
+def take_routes(rows: BlockRows, routes: Mapping[int, Route]) -> None:
+    """What routers decided in torch (by id of the entry), written where the kernel would have written it."""
+    for own in rows.routed:
+        route = routes.get(id(own.entry))
+        if route is None:
+            continue
         assert route.slot is not None and route.weight is not None
         n = own.entry.count
         slots = torch.tensor(own.entry.slots, device=route.slot.device)
@@ -167,6 +187,6 @@ def take_routes(rows: BlockRows, routes: Sequence[Route]) -> None:
         first = rows.first_N[own.entry.tokens].unsqueeze(1)
         place = (first + torch.arange(own.k, device=first.device)).reshape(-1)
         rows.map.weight[place] = weight.reshape(-1)
-    if not all(route.sums_to_one for route in routes):
+    if not all(route.sums_to_one for route in routes.values()):
         total_N = torch.zeros(rows.map.num_tokens, device=rows.map.weight.device)
         rows.bias_N = total_N.index_add(0, rows.map.token.long(), rows.map.weight)

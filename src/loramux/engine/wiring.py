@@ -5,7 +5,7 @@ Letters: N tokens, D width of a module's input, E experts of an entry.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from loramux.core.guards import check_bare
 from loramux.core.types import Route, Site
-from loramux.engine.blockrows import attach_gates, lay_out, take_routes
+from loramux.engine.blockrows import BlockRows, attach_gates, lay_out, take_routes, widened
 from loramux.engine.latecalls import ask_router
 from loramux.engine.linear import EngineLinear, Group
 from loramux.engine.program import Entry, Program
@@ -157,42 +157,47 @@ class Wiring:
     def _lay_rows(
         self, program: Program, path: str, entries: Sequence[Entry], x_ND: Tensor
     ) -> None:
+        routes: dict[int, Route] = {}  # by entry: what routers without a kernel decided
+        for entry in entries:
+            own = entry.facts.blocks[path]
+            if own.gate is None:
+                route = ask_router(entry, own.router, x_ND[entry.tokens])
+                if route.combine == "rows":
+                    routes[id(entry)] = widened(route, len(entry.slots))
+                else:
+                    self._weigh(program, entry, path, route)
         rows = program.blocks.get(path)
-        if rows is not None and rows.call is not None:
-            if rows.refreshes:
-                rows.refresh(program)
+        if rows is None:
+            rows = self._lay_out(program, path, entries, routes)
+            if rows is None:
+                return
+        elif rows.refreshes:
+            rows.refresh(program)
+        if rows.call is not None:
             rows.call.run(x_ND)
-            return
-        gates = [entry.facts.blocks[path].gate for entry in entries]
-        known = [gate for gate in gates if gate is not None]
-        block = self.by_block[path]
-        if len(known) == len(gates):
-            chosen = [(entry, gate.k) for entry, gate in zip(entries, known, strict=True)]
-            rows = program.blocks[path] = lay_out(program, block, chosen)
-            attach_gates(rows, known)
-            assert rows.call is not None
-            rows.call.run(x_ND)
-            return
-        routes = [
-            ask_router(entry, entry.facts.blocks[path].router, x_ND[entry.tokens])
-            for entry in entries
-        ]
-        self._forget_block(program, path)
-        summed = [(e, r) for e, r in zip(entries, routes, strict=True) if r.combine == "sum"]
-        for entry, route in summed:
-            self._weigh(program, entry, path, route)
-        split = [(e, r) for e, r in zip(entries, routes, strict=True) if r.combine == "rows"]
-        if split:
-            counts = [(e, r.slot.shape[1]) for e, r in split if r.slot is not None]
-            rows = program.blocks[path] = lay_out(program, block, counts)
-            take_routes(rows, [route for _, route in split])
+        take_routes(rows, routes)
 
-    def _forget_block(self, program: Program, path: str) -> None:
-        """How many rows a token has may change with every step: what was planned for the last one is void."""
-        for group in self.groups:
-            site = group.sites[0]
-            if site is not None and site.block == path:
-                program.calls.pop(group.number, None)
+    def _lay_out(
+        self,
+        program: Program,
+        path: str,
+        entries: Sequence[Entry],
+        routes: Mapping[int, Route],
+    ) -> BlockRows | None:
+        """Rows of a block for as long as the program lasts: how many a token has depends on its adapter only."""
+        chosen = []
+        for entry in entries:
+            gate = entry.facts.blocks[path].gate
+            if gate is not None:
+                chosen.append((entry, gate.k))
+            elif id(entry) in routes:
+                chosen.append((entry, len(entry.slots)))
+        if not chosen:
+            return None
+        rows = program.blocks[path] = lay_out(program, self.by_block[path], chosen)
+        rows.refreshes = rows.refreshes or len(chosen) < len(entries)
+        attach_gates(rows, path)
+        return rows
 
 
 def _weight_OI(layer: nn.Module, site: Site | None) -> Tensor:
