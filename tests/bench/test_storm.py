@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,12 @@ def test_some_hundred_loads_and_unloads_leave_memory_flat(tmp_path: Path):
 
 
 def test_contents_that_stay_behind_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    kept: list[bytes] = []
+    kept: list[mmap.mmap] = []  # pages of their own: the heap may hold room that earlier tests left
     remove = engine_module.Engine.remove_adapter
 
     def leaky(self: Any, name: str) -> None:
-        kept.append(b"1" * 1_000_000)
+        kept.append(mmap.mmap(-1, 1_000_000))
+        kept[-1].write(b"1" * 1_000_000)
         remove(self, name)
 
     monkeypatch.setattr(engine_module.Engine, "remove_adapter", leaky)
