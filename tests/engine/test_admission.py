@@ -53,6 +53,26 @@ def with_slots(tier, **options):
     return runner
 
 
+def test_a_fault_in_the_middle_of_planning_leaves_no_sample_without_its_copies():
+    """The second request's question breaks; the forks admitted before it in the same call must start anew."""
+    broken = []
+
+    def can_admit(sequence):
+        if sequence.prefix_seed == "fault" and not broken:
+            broken.append(sequence)
+            raise MemoryError
+        return READY
+
+    runner = FakeRunner(num_blocks=64, can_admit=can_admit)
+    samples = runner.add(tokens_of(0, 6), n=3)
+    runner.step()  # the first sample runs the prompt; the others fork it next
+    (fault,) = runner.add(tokens_of(1, 5), content="fault")
+    with pytest.raises(MemoryError):
+        runner.step()
+    runner.scheduler.check_integrity()
+    finish_all(runner, [*samples, fault])
+
+
 def test_others_overtake_while_an_adapter_is_loaded():
     tier = SlotTier(slots=2, loading=["slow"])
     runner = with_slots(tier)

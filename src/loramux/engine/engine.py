@@ -261,6 +261,9 @@ class Engine(Answers):
             return self._admit(sequence)
         except ValueError as error:  # it can never be, and the message says why
             return refused(str(error))
+        except Exception as error:  # a fault of this adapter must not become everybody's
+            log.exception("request %s cannot be admitted", sequence.request_id)
+            return refused(f"{type(error).__name__} while its adapter was looked at: {error}")
 
     def _admit(self, sequence: Sequence) -> Admission:
         if sequence.answered is not None:

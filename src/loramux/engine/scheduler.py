@@ -165,9 +165,16 @@ class Scheduler:
         """The next step, or None if nothing can run now. Must be answered with commit() or abandon()."""
         assert self._plan is None, "the last plan was neither committed nor abandoned"
         draft = Draft(self.limits, was_alone=self._was_alone)
-        self._plan_decodes(draft)
-        self._plan_prompts(draft)
-        self._admit_waiting(draft)
+        before = set(self._running)
+        try:
+            self._plan_decodes(draft)
+            self._plan_prompts(draft)
+            self._admit_waiting(draft)
+        except BaseException:
+            # Copies that newcomers need before their first step go with the draft, so they must be admitted anew.
+            for sequence in [s for s in self._running if s not in before]:
+                self._preempt(sequence)
+            raise
         self._was_alone = draft.is_alone
         self._plan = draft.plan()
         return self._plan
