@@ -6,22 +6,23 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
 
 import loramux
 from conformance.cases import Maker, Variant, every_variant, first_variants, named
 from engine.crowd import (
+    assert_close,
+    assert_like_core,
     build_engine,
     dense_logits,
     drive,
     greedy,
+    load_all,
     random_prompt,
     record,
     save_variants,
 )
 from pico import build_pico
 
-TOLERANCE = 1e-5
 FAMILIES = ("qwen3", "gemma3", "phi3", "gpt2")
 
 
@@ -33,17 +34,7 @@ def folders(make: Maker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def crowd(folders: dict[str, Path]) -> loramux.Handle:
     """The same adapters on the core."""
-    (first, folder), *others = folders.items()
-    handle = loramux.load(build_pico("llama"), folder, name=first, backend="reference")
-    for name, path in others:
-        handle.load(path, name=name)
-    return handle
-
-
-def assert_close(got: torch.Tensor, wanted: torch.Tensor, what: object) -> None:
-    limit = TOLERANCE * max(1.0, float(wanted.abs().max()))
-    off = float((got - wanted).abs().max())
-    assert off <= limit, f"{what}: off by {off:.2e}, allowed {limit:.2e}"
+    return load_all(build_pico("llama"), folders)
 
 
 @pytest.mark.parametrize("variant", [None, *every_variant()], ids=named)
@@ -92,23 +83,13 @@ def test_an_answer_in_a_crowd_is_that_of_one_plain_forward(
         seen = record(engine)
         done = drive(engine, requests, draw)
         assert engine.blocks.num_free == engine.blocks.num_blocks
-    for request in requests:
-        completion = done[request.id]
-        assert completion.error is None, completion.error
-        prompt = list(request.prompt)
-        wanted = dense_logits(crowd, request.adapter, [*prompt, *completion.token_ids], len(prompt))
-        for place in range(len(completion.token_ids)):
-            got = seen[request.id, len(prompt) + place]
-            assert_close(got, wanted[place], (request.adapter, request.id, place, options))
+    assert_like_core(crowd, requests, done, seen)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_answer_alike(family: str, make: Maker, tmp_path: Path):
     saved = save_variants(make, tmp_path, first_variants(), family)
-    (first, folder), *others = saved.items()
-    handle = loramux.load(build_pico(family), folder, name=first, backend="reference")
-    for name, path in others:
-        handle.load(path, name=name)
+    handle = load_all(build_pico(family), saved)
     draw = random.Random(1)
     requests = [
         greedy(random_prompt(draw, 18, 30), name, 5, id=f"{name}") for name in [None, *saved]
@@ -118,12 +99,4 @@ def test_other_families_answer_alike(family: str, make: Maker, tmp_path: Path):
             engine.add_adapter(name, path)
         seen = record(engine)
         done = drive(engine, requests, draw)
-    for request in requests:
-        completion, prompt = done[str(request.adapter)], list(request.prompt)
-        assert completion.error is None, completion.error
-        wanted = dense_logits(
-            handle, request.adapter, [*prompt, *completion.token_ids], len(prompt)
-        )
-        for place in range(len(completion.token_ids)):
-            got = seen[request.id, len(prompt) + place]
-            assert_close(got, wanted[place], (request.adapter, place))
+    assert_like_core(handle, requests, done, seen)

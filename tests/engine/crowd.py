@@ -94,3 +94,34 @@ def dense_logits(
 
 def _prompt(total: int, first: int) -> Tensor:
     return (torch.arange(total) < first).unsqueeze(0)
+
+
+def assert_close(got: Tensor, wanted: Tensor, what: object, tolerance: float = 1e-5) -> None:
+    """`tolerance` counts in the largest logit of the row."""
+    limit = tolerance * max(1.0, float(wanted.abs().max()))
+    off = float((got - wanted).abs().max())
+    assert off <= limit, f"{what}: off by {off:.2e}, allowed {limit:.2e}"
+
+
+def load_all(model: nn.Module, folders: dict[str, Path], check_base: bool = True) -> loramux.Handle:
+    """The same adapters on the core, each under its name."""
+    (first, folder), *others = folders.items()
+    options = {"backend": "reference", "check_base": check_base}
+    handle = loramux.load(model, folder, name=first, **options)
+    for name, path in others:
+        handle.load(path, name=name, check_base=check_base)
+    return handle
+
+
+def assert_like_core(
+    handle: loramux.Handle, requests: Sequence[Request], done: dict[str, Any], seen: Logits
+) -> None:
+    """Every row that was sampled from is that of one plain forward over all of its text."""
+    for request in requests:
+        completion, prompt = done[str(request.id)], list(request.prompt)
+        assert completion.error is None, completion.error
+        tokens = completion.token_ids
+        wanted = dense_logits(handle, request.adapter, [*prompt, *tokens], len(prompt))
+        for place in range(len(tokens)):
+            got = seen[str(request.id), len(prompt) + place]
+            assert_close(got, wanted[place], (request.adapter, request.id, place))

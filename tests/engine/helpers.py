@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from engine.crowd import assert_close
 from loramux.engine.engine import Engine
 from loramux.engine.request import Completion, Request, SamplingParams
 from loramux.engine.sequence import StepPlan
@@ -227,12 +228,6 @@ def plain_logits(model: nn.Module, tokens: Sequence[int], first: int) -> Tensor:
     with torch.no_grad():
         out: Tensor = model(input_ids=torch.tensor([list(tokens)])).logits[0, first - 1 :]
     return out
-
-
-def assert_close(got: Tensor, wanted: Tensor, what: object, tolerance: float = 1e-5) -> None:
-    limit = tolerance * max(1.0, float(wanted.abs().max()))
-    off = float((got - wanted).abs().max())
-    assert off <= limit, f"{what}: off by {off:.2e}, allowed {limit:.2e}"
 
 
 def assert_like_plain(

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import loramux
 from conformance.cases import Maker, every_variant
-from engine.crowd import build_engine, greedy, random_prompt, save_variants
-from engine.helpers import assert_close, assert_idle, record_samples, run_all, write_peft
+from engine.crowd import assert_close, build_engine, greedy, random_prompt, save_variants
+from engine.helpers import assert_idle, record_samples, run_all, write_peft
 from loramux.engine.blocks import BlockPool
 from loramux.engine.engine import Engine
 from loramux.engine.keys import PrefixKey, extend_hashes

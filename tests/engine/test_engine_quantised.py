@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import loramux
 from conformance.cases import Maker, variants_of
 from engine.crowd import (
+    assert_like_core,
     build_engine,
-    dense_logits,
     drive,
     greedy,
+    load_all,
     random_prompt,
     record,
     save_variants,
@@ -55,11 +55,7 @@ def test_a_quantised_base_answers_as_the_core_does(tmp_path: Path):
     plain = [v for v in variants if "dora" not in v.label]
     folders = save_variants(make, tmp_path, plain, "llama")
     model = quantised()
-    (first, folder), *others = folders.items()
-    options = {"backend": "reference", "check_base": False}
-    handle = loramux.load(copy.deepcopy(model), folder, name=first, **options)
-    for name, path in others:
-        handle.load(path, name=name, check_base=False)
+    handle = load_all(copy.deepcopy(model), folders, check_base=False)
     draw = random.Random(2)
     requests = [greedy(random_prompt(draw), name, 5, id=str(name)) for name in [None, *folders]]
     with build_engine(model=model, check_base=False) as engine:
@@ -67,12 +63,4 @@ def test_a_quantised_base_answers_as_the_core_does(tmp_path: Path):
             engine.add_adapter(name, path)
         seen = record(engine)
         done = drive(engine, requests, draw)
-    for request in requests:
-        completion, prompt = done[str(request.adapter)], list(request.prompt)
-        assert completion.error is None, completion.error
-        wanted = dense_logits(
-            handle, request.adapter, [*prompt, *completion.token_ids], len(prompt)
-        )
-        for place in range(len(completion.token_ids)):
-            got = seen[str(request.id), len(prompt) + place]
-            torch.testing.assert_close(got, wanted[place], atol=5e-5, rtol=0)
+    assert_like_core(handle, requests, done, seen)

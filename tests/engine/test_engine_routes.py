@@ -12,9 +12,15 @@ import torch
 
 import loramux
 from conformance.cases import Maker, every_variant
-from engine.crowd import build_engine, dense_logits, greedy, random_prompt, save_variants
-from engine.helpers import (
+from engine.crowd import (
     assert_close,
+    build_engine,
+    dense_logits,
+    greedy,
+    random_prompt,
+    save_variants,
+)
+from engine.helpers import (
     assert_idle,
     record_plans,
     record_samples,

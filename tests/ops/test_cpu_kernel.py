@@ -15,35 +15,18 @@ from loramux.ops import cpu, rows
 from loramux.ops.compiler import BuildError, runnable_variants
 from loramux.ops.contract import Pairs, RowMap, Spans
 from ops.cases import CASES, Case, assert_close, exact, loop, random_case
-
-VARIANTS = [variant.name for variant in runnable_variants()]
-DTYPES = [torch.float32, torch.bfloat16]
+from ops.variants import DTYPES, VARIANTS, forced
 
 
 @pytest.fixture(params=[*VARIANTS, "torch"])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel compiled for one instruction set, or none."""
-    yield from forced(request.param, monkeypatch)
+    yield from forced(request.param, monkeypatch, cpu.kernel)
 
 
 @pytest.fixture(params=VARIANTS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from forced(request.param, monkeypatch)
-
-
-def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if name == "torch":
-        monkeypatch.setenv("LORAMUX_NO_CC", "1")
-    else:
-        monkeypatch.setenv("LORAMUX_CPU_VARIANT", name)
-    cpu.kernel.cache_clear()
-    kernel = cpu.kernel()
-    if name == "torch" or kernel.call is not None:
-        assert kernel.variant == name
-        yield name
-    else:
-        pytest.skip(kernel.why_not)
-    cpu.kernel.cache_clear()
+    yield from forced(request.param, monkeypatch, cpu.kernel)
 
 
 def linear_exact(

@@ -13,27 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loramux.ops import paged_kernel
-from loramux.ops.compiler import runnable_variants
 from loramux.ops.paged import LayerKV, PagedRows, Piece, attend, gather, make_pools, write_torch
+from ops.variants import VARIANTS, forced
 
-VARIANTS = [variant.name for variant in runnable_variants()]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 @pytest.fixture(params=[*VARIANTS, "torch"])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The kernel compiled for one instruction set, or none."""
-    if request.param == "torch":
-        monkeypatch.setenv("LORAMUX_NO_CC", "1")
-    else:
-        monkeypatch.setenv("LORAMUX_CPU_VARIANT", request.param)
-    paged_kernel.kernel.cache_clear()
-    kernel = paged_kernel.kernel()
-    if request.param != "torch" and kernel.attend is None:
-        pytest.skip(kernel.why_not)
-    assert kernel.variant == request.param
-    yield request.param
-    paged_kernel.kernel.cache_clear()
+    yield from forced(request.param, monkeypatch, paged_kernel.kernel)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Tests of pool.c in every instruction set of this CPU, and without a compiler."""
+"""Tests of the kernels in every instruction set of this CPU, and without a compiler."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,25 +21,27 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=[*VARIANTS, "torch"])
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from forced(request.param, monkeypatch)
+    yield from forced(request.param, monkeypatch, kernel)
 
 
 @pytest.fixture(params=VARIANTS)
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    yield from forced(request.param, monkeypatch)
+    yield from forced(request.param, monkeypatch, kernel)
 
 
-def forced(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def forced(name: str, monkeypatch: pytest.MonkeyPatch, load: Any) -> Iterator[str]:
+    """`load` (the cached loader of a kernel) gives that variant, or none for "torch"."""
     if name == "torch":
         monkeypatch.setenv("LORAMUX_NO_CC", "1")
     else:
         monkeypatch.setenv("LORAMUX_CPU_VARIANT", name)
-    kernel.cache_clear()
-    if name != "torch" and kernel().group is None:
-        pytest.skip(kernel().why_not)
-    assert kernel().variant == name
+    load.cache_clear()
+    found = load()
+    if name != "torch" and found.why_not:
+        pytest.skip(found.why_not)
+    assert found.variant == name
     yield name
-    kernel.cache_clear()
+    load.cache_clear()
 
 
 def run(group: Group) -> list[Tensor]:
