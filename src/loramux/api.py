@@ -173,11 +173,14 @@ def _fresh(model: nn.Module, site: Site, method: Method) -> Rows:
     if config.use_dora:
         weight: torch.Tensor = model.get_submodule(site.path).weight  # type: ignore[assignment]
         magnitude = weight_norm(weight.T if site.transposed else weight)
+    experts = method.experts(site)
     return fresh_rows(
         site,
-        method.experts(site),
+        experts,
         gaussian=config.init_lora_weights == "gaussian",
         magnitude_O=magnitude,
+        gate=method.row_gate(site, sum(expert.rank for expert in experts)),
+        tied=method.tied_experts(site),
     )
 
 

@@ -44,6 +44,7 @@ class Adapter(nn.Module):
         self.rows: dict[str, Rows] = dict(rows)
         self.routers: dict[str, Router] = dict(routers)
         self._token_paths = {p for p, r in self.hooked_routers() if r.when == "token"}
+        self._site_paths = {p for p, _ in self.hooked_routers() if p in self.sites}
         beneath = {path: site.layer for site in self.sites.values() for path in _above(site)}
         self._layers = beneath
 
@@ -70,7 +71,11 @@ class Adapter(nn.Module):
 
     def routes_tokens_at(self, site: Site) -> bool:
         """Whether this site's pairs change with every token."""
-        return site.block in self._token_paths or site.layer_path in self._token_paths
+        return not self._token_paths.isdisjoint(_above(site))
+
+    def routes_site(self, site: Site) -> bool:
+        """Whether the site has a router of its own that reads the site's input."""
+        return site.path in self._site_paths
 
     def layer_of(self, path: str) -> int:
         """Layer index of a module that holds sites, or of a site."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -149,19 +149,32 @@ class Attachment(ABC):
         adapters: Sequence[str | None] | None = None,
         prompt_mask: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        tasks: Sequence[str | None] | None = None,
     ) -> Iterator[None]:
-        """Model calls inside run these adapters, one per request (None: bare base), with these masks."""
+        """Model calls inside run these adapters, one per request (None: bare base), with these masks and task ids."""
         self._check_attached()
         for name in adapters or ():
             if name is not None:
                 self._named(name)
         before = self.dispatch.rows, self.dispatch.masks
+        tasks_before = self.dispatch.tasks
+        self.dispatch.tasks = None if tasks is None else list(tasks)
         self.dispatch.rows = None if adapters is None else list(adapters)
         self.dispatch.masks = {"prompt_mask": prompt_mask, "segment_ids": segment_ids}
         try:
             yield
         finally:
             self.dispatch.rows, self.dispatch.masks = before
+            self.dispatch.tasks = tasks_before
+
+    @contextmanager
+    def masking(self, masks: Mapping[str, Tensor], name: str | None = None) -> Iterator[None]:
+        """Inside, rank row i of site p acts in request q with factor masks[p][q, i]; sites not named act in full.
+
+        For scoring ranks: dozens of ablations are rows of one batch. Every call inside must hold as many requests.
+        """
+        with self.dispatch.masking(self._named(name), masks):
+            yield
 
     # --- What the last forward did --------------------------------------------------------------
 
@@ -211,7 +224,7 @@ class Attachment(ABC):
         if len(dispatch.entered) > 1:
             return None
         call = call_by_name(module, args, kwargs)
-        masks = [name for name in ("prompt_mask", "segment_ids") if name in kwargs]
+        masks = [name for name in ("prompt_mask", "segment_ids", "tasks") if name in kwargs]
         dispatch.open(call, self.model.training)
         if self.model.training:
             checkpointing.follow(self.model, dispatch)
@@ -231,6 +244,7 @@ class Attachment(ABC):
         dispatch.close(_cache_of(output))
         if state is None or not state.training or output is None:
             return None
+        state.tell_routers()
         call = call_by_name(module, args, kwargs)
         if call.get("labels") is None:
             return None

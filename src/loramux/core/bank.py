@@ -3,13 +3,17 @@
 Why rank-major in both factors: row i of A and row i of B are one rank, so prune, duplicate, reorder and gate are row
 operations. The scale of a slot stays beside its span and multiplies `w`, so saving is lossless.
 
-Letters: R rank rows, E slots, I input width, O output width.
+A row gate is a learned factor per rank row (BeamLoRA's scores): it folds into A, so every path computes it alike. Tied
+experts share one A (HydraLoRA): it is kept once and repeated where a kernel wants it per expert.
+
+Letters: R rank rows, E slots, I input width, O output width, r rank of a tied expert.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +22,50 @@ from loramux.core.types import Expert, Site
 from loramux.ops.contract import Spans
 
 
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """Rows as they act in one forward pass, folded: A is [r, I] where it is `tied`, else [R, I]. Never DoRA."""
+
+    spans: Spans
+    a: Tensor
+    b: Tensor
+    tied: int
+
+
 class Rows(nn.Module):
-    """A [R, I], B [R, O] and, for DoRA, the magnitudes [E, O] of one adapter at one site."""
+    """A [R, I], B [R, O] and, for DoRA, the magnitudes [E, O] of one adapter at one site.
+
+    gate: a module without arguments that gives fp32 [R], multiplied into A. tied: the number of experts that share
+    one A, which then is [R / tied, I]; 0 when every expert has its own.
+    """
 
     a: nn.Parameter
     b: nn.Parameter
     magnitude: nn.Parameter | None
+    gate: nn.Module | None
 
-    def __init__(self, spans: Spans, a: Tensor, b: Tensor, magnitude: Tensor | None = None):
+    def __init__(
+        self,
+        spans: Spans,
+        a: Tensor,
+        b: Tensor,
+        magnitude: Tensor | None = None,
+        gate: nn.Module | None = None,
+        tied: int = 0,
+    ):
         super().__init__()
-        if a.shape[0] != spans.num_rows or b.shape[0] != spans.num_rows:
+        if a.shape[0] * max(1, tied) != spans.num_rows or b.shape[0] != spans.num_rows:
             raise ValueError(
                 f"spans own {spans.num_rows} rank rows, but A has {a.shape[0]} and B {b.shape[0]}"
             )
+        if magnitude is not None and (gate is not None or tied):
+            raise ValueError("DoRA goes with neither gates over ranks nor experts that share one A")
+        if tied and len(set(spans.rank)) > 1:
+            raise ValueError(f"experts that share one A need one rank, got {spans.rank}")
         self.spans = spans
+        self.gate = gate
+        self.tied = tied
+        self._folded: tuple[object, Rows] | None = None
         self.a = nn.Parameter(a, requires_grad=False)
         self.b = nn.Parameter(b, requires_grad=False)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
@@ -42,6 +76,47 @@ class Rows(nn.Module):
     def slot_rows(self, slot: int) -> slice:
         start = self.spans.start[slot]
         return slice(start, start + self.spans.rank[slot])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameters are what acts: no gate to fold, no A to repeat."""
+        return self.gate is None and not self.tied
+
+    def acting(self, dense: bool) -> Rows | Acting:
+        """What acts in this forward pass: these rows, or their folded form. `dense`: a tied A is wanted once."""
+        if self.is_plain:
+            return self
+        if not torch.is_grad_enabled() and not (dense and self.tied):
+            return self.folded()
+        a = self._gated()
+        if self.tied and not dense:
+            return Acting(self.spans, a.repeat(self.tied, 1), self.b, 0)
+        return Acting(self.spans, a, self.b, self.tied)
+
+    @torch.no_grad()
+    def folded(self) -> Rows:
+        """Plain rows that act the same, for kernels and files. One object that follows the parameters."""
+        if self.is_plain:
+            return self
+        # Keyed by identity and version: an optimizer writes in place.
+        key = tuple(
+            (id(p), p.data_ptr(), p._version) for p in [*self.parameters(), *self.buffers()]
+        )
+        if self._folded is None or self._folded[0] != key:
+            a = self._gated()
+            a = a.repeat(self.tied, 1) if self.tied else a
+            old = None if self._folded is None else self._folded[1]
+            if old is None or old.spans != self.spans:
+                old = Rows(self.spans, a, self.b.detach(), self.magnitude)
+            old.a.data, old.b.data = a, self.b.detach()
+            self._folded = (key, old)
+        return self._folded[1]
+
+    def _gated(self) -> Tensor:
+        if self.gate is None:
+            return self.a
+        factor_R: Tensor = self.gate()
+        return self.a * factor_R.to(self.a.dtype).unsqueeze(1)
 
     def gather_ranks(
         self, slot: int, index: Sequence[int], generator: torch.Generator | None = None
@@ -110,14 +185,17 @@ def fresh_rows(
     gaussian: bool = False,
     magnitude_O: Tensor | None = None,
     generator: torch.Generator | None = None,
+    gate: nn.Module | None = None,
+    tied: int = 0,
 ) -> Rows:
     """New experts in fp32: A random, B zero, magnitudes (if given) equal for all: together they change nothing."""
     init = init_a_gaussian if gaussian else init_a
     spans = Spans.packed([e.rank for e in experts], [e.scale for e in experts])
-    parts = [init(e.rank, site.d_in, generator) for e in experts if e.rank]
+    own = experts[:1] if tied else experts
+    parts = [init(e.rank, site.d_in, generator) for e in own if e.rank]
     a = torch.cat(parts) if parts else torch.zeros(0, site.d_in)
     magnitude = None if magnitude_O is None else magnitude_O.repeat(len(experts), 1)
-    return Rows(spans, a, torch.zeros(spans.num_rows, site.d_out), magnitude)
+    return Rows(spans, a, torch.zeros(spans.num_rows, site.d_out), magnitude, gate, tied)
 
 
 # --- DoRA ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Who is in this forward pass: members, routes by module, plans by site, what was recorded.
+"""Who is in this forward pass: members, routes by module, what was recorded.
 
 Owned by the handle that `attach` returns, never a process global, so two models do not meet. The state of a forward
 outlives it: activation checkpointing runs parts of it again during backward.
@@ -19,36 +19,27 @@ from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.batch import Batch, read_batch
-from loramux.core.plan import Apply, Member, Part, Plan, RowLayout, layout_rows, lower
+from loramux.core.plan import Member, layout_rows
+from loramux.core.planner import Planner
 from loramux.core.router import Router, RouteView
 from loramux.core.state import Late, PromptStore, State
-from loramux.core.types import EVERYTHING, Route, RouteRecord, Site
-from loramux.ops.choose import choose_backend, load_backend
-from loramux.ops.contract import Pairs
+from loramux.core.types import EVERYTHING, Route, RouteRecord
 
 log = logging.getLogger(__name__)
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)  # of adapter rows, in the C kernel
 
 
-class Dispatch:
+class Dispatch(Planner):
     """Builds a `State` per model call and answers the linears that ask what to do."""
 
     def __init__(self, requested_backend: str = "auto"):
-        self.requested_backend = requested_backend
-        self.weight = torch.empty(0)  # a parameter of the model: its dtype follows model.to(...)
-        self.unfused: set[str] = set()  # sites whose base the C kernel cannot compute
+        super().__init__(requested_backend)
         self.adapters: dict[str, Adapter] = {}
-        self.state: State | None = None
         self.last: State | None = None
         self.entered: list[nn.Module] = []  # the model and its body, while they run
-        self.active: str | None = None
-        self.rows: Sequence[str | None] | None = (
-            None  # adapter of each request, inside handle.batch
-        )
         self.masks: dict[str, Tensor | None] = {}
+        self.tasks: Sequence[str | None] | None = None  # task of each request, inside handle.batch
         self.generation: dict[str, PromptStore] | None = None
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
-        self.choices: dict[str, str] = {}
         self.warned = False
         self.listen: Callable[[bool], None] = lambda _wanted: None  # hooks of routers on or off
 
@@ -57,6 +48,7 @@ class Dispatch:
     def open(self, call: dict[str, Any], training: bool) -> None:
         """Start a forward pass; `call` holds the model's arguments by name."""
         marked = call.get("prompt_mask")
+        tasks = call.pop("tasks", None)
         batch = read_batch(call, self._mask("prompt_mask", call), self._mask("segment_ids", call))
         names = self._names(batch)
         present = [a for a in self.adapters.values() if a.name in names]
@@ -72,7 +64,9 @@ class Dispatch:
             self._warn_unknown_prompts(marked is not None, call, by_prompt)
         store = self._store(call.get("past_key_values"), batch, names, by_prompt, keeps)
         # Decode steps of one shape share their plans: what is fixed for a request is lowered once.
-        key = (batch.lead, tuple(names), torch.is_grad_enabled(), training)
+        named = self.tasks if tasks is None else tasks
+        known = None if named is None else tuple(named)
+        key = (batch.lead, tuple(names), known, torch.is_grad_enabled(), training)
         decoding = batch.past_length > 0 and keeps
         if decoding and key in store.decoding:
             self.state = store.decoding[key]
@@ -89,6 +83,7 @@ class Dispatch:
             store=store,
             prompt_done=bool(store.routes) or batch.past_length > 0,
             routes=dict(store.routes),
+            tasks=self._tasks(tasks, batch),
         )
         if decoding:
             store.decoding = {key: self.state}
@@ -145,6 +140,21 @@ class Dispatch:
             f"the batch holds {num} requests, but {listed} adapters were named; name one per request "
             "(None for the base)"
         )
+
+    def _tasks(
+        self, given: Sequence[str | None] | None, batch: Batch
+    ) -> tuple[str | None, ...] | None:
+        """The task of every request; beams and several answers per prompt repeat it in place."""
+        named = self.tasks if given is None else given
+        if named is None:
+            return None
+        num, listed = batch.num_requests, len(named)
+        if num != listed and not (self.generation is not None and listed and num % listed == 0):
+            raise ValueError(
+                f"the batch holds {num} requests, but {listed} tasks were named; name one per request "
+                "(None where it is not known)"
+            )
+        return tuple(task for task in named for _ in range(num // listed))
 
     def _member(self, adapter: Adapter, names: list[str | None], batch: Batch) -> Member:
         if all(name == adapter.name for name in names):
@@ -219,12 +229,20 @@ class Dispatch:
                 continue
             if router.when == "prompt" and state.prompt_done:
                 continue
-            own_nD = member.own(x.reshape(-1, x.shape[-1]))
+            own_nD = self._own_input(state, member, path, x.reshape(-1, x.shape[-1]))
             route = self.run_router(state, member, path, router, own_nD)
             if route.combine == "rows":
                 rows.append((member, route))
         if rows:
             state.layouts[path] = layout_rows(state.batch.num_tokens, rows, state.batch.device)
+
+    def _own_input(self, state: State, member: Member, path: str, x: Tensor) -> Tensor:
+        """The member's tokens of a module's input; in front of an `exit` linear the input may be FFN rows."""
+        site = member.adapter.sites.get(path)
+        layout = None if site is None or site.role != "exit" else state.layouts.get(site.block)
+        if layout is None or layout.first_N is None:
+            return member.own(x)
+        return x[member.own(layout.first_N)]
 
     def run_router(
         self, state: State, member: Member, path: str, router: Router, own_nD: Tensor
@@ -249,6 +267,7 @@ class Dispatch:
             training=state.training,
             record=record,
             mask_E=None if mask is None else torch.tensor(mask, device=own_nD.device),
+            tasks=state.tasks,
         )
         route = router(view, state.routes.get((name, path), EVERYTHING))
         state.routes[name, path] = route
@@ -268,113 +287,6 @@ class Dispatch:
                 f"adapter {member.adapter.name!r} routes on the prompt, but requests {missing} of this batch have no "
                 "prompt token; mask at least one leading token out of the labels, or pass prompt_mask"
             )
-
-    # --- Plans ------------------------------------------------------------------------------------
-
-    def plan(self, site: Site) -> Plan | None:
-        """What the linear at `site` does now; None: nothing but its base."""
-        state = self.state
-        if state is None:
-            if self.active is None and self.rows is None:
-                return None
-            raise RuntimeError(
-                f"{site.path} was called outside a forward pass of the model it belongs to; call the model itself, "
-                "or choose no adapter with handle.use(None)"
-            )
-        if site.path in state.plans:
-            return state.plans[site.path]
-        if site.path in state.step_plans:
-            return state.step_plans[site.path]
-        fixed = not any(m.adapter.routes_tokens_at(site) for m in state.members)
-        plan = self._build(state, site, state.pairs if fixed else state.step_pairs)
-        (state.plans if fixed else state.step_plans)[site.path] = plan
-        return plan
-
-    def _build(
-        self, state: State, site: Site, known: dict[tuple[object, ...], Pairs | None]
-    ) -> Plan | None:
-        members = [m for m in state.members if site.path in m.adapter.rows]
-        layout = state.layouts.get(site.block) if site.role != "plain" else None
-        if not members and layout is None:
-            return None
-        parts = []
-        for member in members:
-            part = self._part(state, site, member, layout, known)
-            if part is not None:
-                parts.append(part)
-        backend, apply = self._backend(state, site, parts, layout)
-        for part in parts:
-            part.apply = apply
-        if layout is None:
-            return Plan(backend, parts)
-        if site.role == "enter":
-            return Plan(backend, parts, layout.map, lead_out=(1, layout.map.num_rows))
-        return Plan(backend, parts, layout.map, layout.bias_N, state.batch.lead)
-
-    def _part(
-        self,
-        state: State,
-        site: Site,
-        member: Member,
-        layout: RowLayout | None,
-        known: dict[tuple[object, ...], Pairs | None],
-    ) -> Part | None:
-        adapter = member.adapter
-        rows = adapter.rows[site.path]
-        if rows.spans.num_rows == 0:
-            return None
-        route = state.route(adapter, site)
-        keep = state.needs_grad
-        where = site.block if route.gate is None else site.path
-        key = (adapter.name, where, site.role, rows.spans.num_slots, layout is not None)
-        if key not in known:
-            known[key] = lower(site, member, route, layout, state.batch.num_tokens, keep)
-        pairs = known[key]
-        if pairs is None:
-            return None
-        dropout = adapter.method.config.lora_dropout if state.training else 0.0
-        late = None
-        unit = adapter.method.unit_of(site)
-        if unit is not None:
-            late = Late(self.run_router, state, member, unit, first=unit == site.path)
-        return Part(rows, pairs, apply=_unset, dropout=dropout, late=late)
-
-    def _backend(
-        self, state: State, site: Site, parts: list[Part], layout: RowLayout | None
-    ) -> tuple[str, Apply]:
-        simple = all(
-            p.rows.magnitude is None
-            and p.late is None
-            and p.dropout == 0
-            and p.rows.a.dtype in KERNEL_DTYPES
-            for p in parts
-        )
-        num_rows = state.batch.num_tokens if layout is None else layout.map.num_rows
-        total_rank = sum(p.rows.spans.num_rows for p in parts)
-        # Token routes are lowered in every step, and the choice costs as much as a small linear.
-        key = (num_rows, total_rank, self.weight.dtype, self.requested_backend)
-        choice = state.choices.get(key)
-        if choice is None:
-            choice = state.choices[key] = choose_backend(
-                device=state.batch.device,
-                dtype=self.weight.dtype,
-                num_rows=num_rows,
-                needs_grad=state.needs_grad,
-                total_rank=total_rank,
-                requested=self.requested_backend,
-            )
-        name, reason = choice.name, choice.reason
-        if name == "cpu" and (site.path in self.unfused or not simple):
-            name, reason = (
-                "reference",
-                "DoRA, gates that read t, Conv1D, quantised linears and fp16 or fp64 rows run in torch",
-            )
-        self.choices[name] = reason
-        return name, load_backend(name)
-
-
-def _unset(*_: Any, **__: Any) -> Tensor:
-    raise AssertionError("a part was used before its backend was chosen")
 
 
 def call_by_name(

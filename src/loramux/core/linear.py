@@ -24,7 +24,7 @@ from loramux.ops.rows import fold_rows, to_rows
 
 if TYPE_CHECKING:
     from loramux.core.dispatch import Dispatch
-    from loramux.core.plan import Part, Plan
+    from loramux.core.plan import Dense, Part, Plan
 
 
 class LoraLinear(nn.Module):
@@ -103,15 +103,31 @@ class LoraLinear(nn.Module):
         return self.base_layer(fold_rows(x, row_map))  # type: ignore[no-any-return]
 
     def _add(self, y: Tensor, x: Tensor, part: Part) -> Tensor:
-        rows = part.rows
-        pairs = part.pairs
+        if part.dense is not None:
+            return self._add_dense(y, x, part, part.dense)
+        rows, pairs = part.rows, part.pairs
+        assert pairs is not None
         if part.late is not None:
             return self._add_late(y, x, part)
         if part.dropout > 0:
             x, pairs = part.drop(x)
-        if rows.magnitude is not None:
+        if isinstance(rows, Rows) and rows.magnitude is not None:
             return self._add_dora(y, x, pairs, rows)
         return part.apply(y, x, rows.a, rows.b, rows.spans, pairs)
+
+    def _add_dense(self, y: Tensor, x: Tensor, part: Part, dense: Dense) -> Tensor:
+        """y += B^T (w * (A x)) with all experts weighed: one shrink, one product with the weights, one expand."""
+        rows, own = part.rows, dense.own
+        if own is not None:
+            x = x[own.src]
+        if part.dropout > 0:
+            x = nn.functional.dropout(x, part.dropout)
+        t_nR = nn.functional.linear(x, rows.a.to(x.dtype))
+        u_nR = dense.weigh(t_nR, rows.spans, rows.tied).to(y.dtype)
+        b = rows.b.to(y.dtype)
+        if own is None:
+            return torch.addmm(y, u_nR, b)
+        return y.index_add(0, own.dst, u_nR @ b)
 
     def _add_late(self, y: Tensor, x: Tensor, part: Part) -> Tensor:
         """Shrink, ask the gate (it reads t = A x), expand. Row n of the adapter's tokens weighs its E experts."""
@@ -158,7 +174,7 @@ class LoraLinear(nn.Module):
         base = cast(nn.Linear, self.base_layer)
         weight, bias = base.weight, base.bias
         first = plan.parts[0] if plan.parts else None
-        rows = None if first is None else first.rows
+        rows = None if first is None else cast(Rows, first.rows)
         state = self.states.get(rows)
         if state is None:
             state = self.states[rows] = SiteState()
@@ -169,6 +185,7 @@ class LoraLinear(nn.Module):
             enter=enter, exit=leave, state=state,
         )  # fmt: skip
         for part in plan.parts[1:]:
+            assert part.pairs is not None
             y = cpu.apply(y, x, part.rows.a, part.rows.b, part.rows.spans, part.pairs)
         return y
 
@@ -179,5 +196,5 @@ class LoraLinear(nn.Module):
         base = self.base_layer._parameters
         if not plan.parts:
             return bind(base, None, None, None, shape)
-        rows, pairs = plan.parts[0].rows, plan.parts[0].pairs
+        rows, pairs = cast(Rows, plan.parts[0].rows), plan.parts[0].pairs
         return bind(base, rows._parameters, rows.spans, pairs, shape)

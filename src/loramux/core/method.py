@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from loramux.core.router import Router
 from loramux.core.types import Expert, RouteRecord, Servability, Site
@@ -175,6 +175,14 @@ class Method:
     def unit_of(self, site: Site) -> str | None:
         """For late gates: the path of the site whose router governs this site; None where nothing gates it."""
         return None
+
+    def row_gate(self, site: Site, num_rows: int) -> nn.Module | None:
+        """A factor per rank row of this site, folded into A: a module without arguments that gives fp32 [num_rows]."""
+        return None
+
+    def tied_experts(self, site: Site) -> int:
+        """How many experts of this site share one A; 0: every expert has its own."""
+        return 0
 
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """Named auxiliary losses of one forward pass, coefficients applied."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from loramux.core.adapter import Adapter
-from loramux.core.bank import Rows
+from loramux.core.bank import Acting, Rows
 from loramux.core.types import Route, Site
-from loramux.ops.contract import Pairs, RowMap
+from loramux.ops.contract import Pairs, RowMap, Spans
 from loramux.ops.cpu_bound import Bound
 
 Apply = Callable[..., Tensor]
@@ -56,18 +56,51 @@ class OwnRows:
 
 
 @dataclass(eq=False)
-class Part:
-    """One adapter's share of a call at a site."""
+class Dense:
+    """How every own token weighs all rank rows of a site: u = t * w without a pair per token and expert.
 
-    rows: Rows
-    pairs: Pairs
+    weight [n, E] (None: 1), mask [n, R] (None: 1) and the rows of the call that are the adapter's own.
+    """
+
+    weight_nE: Tensor | None
+    mask_nR: Tensor | None
+    own: OwnRows | None
+
+    def weigh(self, t_nR: Tensor, spans: Spans, tied: int) -> Tensor:
+        """u [n, R], scales included. Combined in wide precision, rounded once. For tied experts t is [n, r]."""
+        wide = torch.promote_types(t_nR.dtype, torch.float32)
+        scale_R = spans.row_scale_R.to(t_nR.device, wide)
+        mask_nR = self.mask_nR
+        if self.weight_nE is None:
+            w_nR = scale_R if mask_nR is None else mask_nR.to(wide) * scale_R
+            return (t_nR.repeat(1, tied) if tied else t_nR) * w_nR.to(t_nR.dtype)
+        num, rank = spans.num_slots, spans.max_rank
+        if mask_nR is None and min(spans.rank) == rank:  # one weight for all rows of an expert
+            scale_E = scale_R.view(num, rank)[:, 0]
+            w_nE1 = (self.weight_nE.to(wide) * scale_E).to(t_nR.dtype).unsqueeze(2)
+            t_nEr = t_nR.unsqueeze(1) if tied else t_nR.view(-1, num, rank)
+            return (t_nEr * w_nE1).reshape(-1, spans.num_rows)
+        w_nR = self.weight_nE.to(wide)[:, spans.row_slot_R.to(t_nR.device)] * scale_R
+        if mask_nR is not None:
+            w_nR = w_nR * mask_nR
+        return (t_nR.repeat(1, tied) if tied else t_nR) * w_nR.to(t_nR.dtype)
+
+
+@dataclass(eq=False)
+class Part:
+    """One adapter's share of a call at a site: as pairs, or dense where all experts are weighed."""
+
+    rows: Rows | Acting
+    pairs: Pairs | None
     apply: Apply
     dropout: float = 0.0
     late: Any = None  # a dispatch.Late, for gates that read t
+    dense: Dense | None = None
 
     def drop(self, x: Tensor) -> tuple[Tensor, Pairs]:
         """Dropout on the adapter's input: one mask per (row of the call, expert), as the papers' code does."""
         pairs = self.pairs
+        assert pairs is not None
         if not pairs.identity and pairs.num_pairs != pairs.num_src:
             x = x[pairs.src.long()]
             own = torch.arange(pairs.num_pairs, dtype=torch.int32, device=x.device)
@@ -123,6 +156,34 @@ def _layout(num_tokens: int, routed: list[tuple[Member, Route]], device: torch.d
         rows_of[member.adapter.name] = own_nK
         weight_M = weight_M.to(route.weight.dtype).index_put((own_nK,), route.weight)
     return RowLayout(RowMap(token_M, weight_M, num_tokens), rows_of, first_N)
+
+
+def own_rows(site: Site, member: Member, layout: RowLayout | None) -> OwnRows | None:
+    """Which rows of the call at `site` are the member's; None: all, in order."""
+    token_n = member.token_n
+    if token_n is None:
+        return None
+    if layout is None or layout.first_N is None:
+        return OwnRows(token_n, token_n)
+    row_n = layout.first_N[token_n]
+    return OwnRows(token_n, row_n) if site.role == "enter" else OwnRows(row_n, token_n)
+
+
+def lower_dense(
+    site: Site, member: Member, route: Route, layout: RowLayout | None, mask_QR: Tensor | None
+) -> Dense | None:
+    """The weights of all experts for every own token; None where the route chooses experts by slot."""
+    if route.slot is not None or (route.weight is None and mask_QR is None):
+        return None
+    weight_nE = route.weight
+    if weight_nE is not None and route.per_request:
+        weight_nE = weight_nE[member.request_n]
+    if route.gate is not None and site.path in route.column:
+        gate_n1 = route.gate[:, route.column[site.path]][member.request_n].unsqueeze(1)
+        num = member.adapter.rows[site.path].spans.num_slots
+        weight_nE = gate_n1.expand(-1, num) if weight_nE is None else weight_nE * gate_n1
+    mask_nR = None if mask_QR is None else mask_QR[member.request_n]
+    return Dense(weight_nE, mask_nR, own_rows(site, member, layout))
 
 
 def lower(

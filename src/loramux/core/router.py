@@ -26,6 +26,7 @@ class RouteView:
     request_N  which request a token belongs to, 0..num_requests-1
     prompt_N   True where the token is part of the prompt; valid_N False on padding
     training   whether the model is in training mode
+    tasks      the task id of every request, where the caller named them
     record     call it to publish what was decided
     """
 
@@ -37,6 +38,7 @@ class RouteView:
     training: bool
     record: Callable[..., None]
     mask_E: Tensor | None = None
+    tasks: tuple[str | None, ...] | None = None
 
 
 class Router(nn.Module):
@@ -52,6 +54,9 @@ class Router(nn.Module):
     def lowered(self) -> object | None:
         """Its decision as flat fp32 arrays (ops/gates.py), for kernels that decide in C; None: torch only."""
         return None
+
+    def observed(self, record: RouteRecord) -> None:
+        """Told once at the end of every forward pass of training what it recorded there; not when a layer runs again."""
 
 
 class Recorder:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loramux.core.adapter import Adapter
 from loramux.core.batch import Batch
-from loramux.core.plan import Member, OwnRows, Plan, RowLayout
+from loramux.core.plan import Member, OwnRows, Plan, RowLayout, own_rows
 from loramux.core.router import Recorder, Router
 from loramux.core.types import EVERYTHING, Route, Site
 from loramux.ops.choose import Choice
@@ -41,6 +41,7 @@ class State:
     needs_grad: bool
     store: PromptStore
     prompt_done: bool
+    tasks: tuple[str | None, ...] | None = None
     recorder: Recorder = field(default_factory=Recorder)
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     layouts: dict[str, RowLayout | None] = field(default_factory=dict)
@@ -56,6 +57,12 @@ class State:
         hooked = [r for m in self.members for _, r in m.adapter.hooked_routers()]
         return all(r.when == "prompt" and self.prompt_done for r in hooked)
 
+    def tell_routers(self) -> None:
+        """Let every router see what it decided in this forward pass, if gradients will follow."""
+        for record in self.recorder.records.values() if self.needs_grad else ():
+            member = next(m for m in self.members if m.adapter.name == record.adapter)
+            member.adapter.routers[record.path].observed(record)
+
     def forget_step(self) -> None:
         """Drop what was lowered from per-token routes: the next step routes anew."""
         self.step_plans.clear()
@@ -64,6 +71,10 @@ class State:
     def route(self, adapter: Adapter, site: Site) -> Route:
         """The innermost route that governs this site."""
         name = adapter.name
+        if adapter.routes_site(site):
+            found = self.routes.get((name, site.path))
+            if found is not None:
+                return found
         for path in (site.block, site.layer_path):
             found = self.routes.get((name, path))
             if found is not None:
@@ -84,13 +95,7 @@ class Late:
     def own_rows(self, site: Site) -> OwnRows | None:
         """Which rows of the call at `site` are this adapter's; None: all, in order."""
         layout = self.state.layouts.get(site.block) if site.role != "plain" else None
-        token_n = self.member.token_n
-        if token_n is None:
-            return None
-        if layout is None or layout.first_N is None:
-            return OwnRows(token_n, token_n)
-        row_n = layout.first_N[token_n]
-        return OwnRows(token_n, row_n) if site.role == "enter" else OwnRows(row_n, token_n)
+        return own_rows(site, self.member, layout)
 
     def weights(self, t_nR: Tensor) -> Tensor:
         """[n, E] weights of the own tokens at this site."""
