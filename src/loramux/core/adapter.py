@@ -43,7 +43,9 @@ class Adapter(nn.Module):
         self.routers_by_key = nn.ModuleDict({key_of(p): entry for p, entry in routers.items()})
         self.rows: dict[str, Rows] = dict(rows)
         self.routers: dict[str, Router] = dict(routers)
-        self._token_paths = {p for p, r in self.hooked_routers() if r.when == "token"}
+        # These read the last hidden state of the bare base, which runs first: see core/prepass.py.
+        self.hidden_routers = tuple((p, r) for p, r in self.routers.items() if r.reads == "hidden")
+        self._token_paths: set[str | None] = {p for p, r in self.hooked_routers() if r.when == "token"}
         self._site_paths = {p for p, _ in self.hooked_routers() if p in self.sites}
         beneath = {path: site.layer for site in self.sites.values() for path in _above(site)}
         self._layers = beneath
@@ -71,11 +73,13 @@ class Adapter(nn.Module):
 
     def routes_tokens_at(self, site: Site) -> bool:
         """Whether this site's pairs change with every token."""
-        return not self._token_paths.isdisjoint(_above(site))
+        if self.hidden_routers:
+            return True
+        return not self._token_paths.isdisjoint((self.method.governor_of(site), *_above(site)))
 
     def routes_site(self, site: Site) -> bool:
-        """Whether the site has a router of its own that reads the site's input."""
-        return site.path in self._site_paths
+        """Whether the site has a route of its own."""
+        return site.path in self._site_paths or self.method.governor_of(site) == site.path
 
     def layer_of(self, path: str) -> int:
         """Layer index of a module that holds sites, or of a site."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from loramux.core.rowgate import follow
 from loramux.core.types import Expert, Site
 from loramux.ops.contract import Spans
 
@@ -54,14 +55,14 @@ class Rows(nn.Module):
         tied: int = 0,
     ):
         super().__init__()
+        if tied and len(set(spans.rank)) > 1:
+            raise ValueError(f"experts that share one A need one rank, got {spans.rank}")
         if a.shape[0] * max(1, tied) != spans.num_rows or b.shape[0] != spans.num_rows:
             raise ValueError(
                 f"spans own {spans.num_rows} rank rows, but A has {a.shape[0]} and B {b.shape[0]}"
             )
         if magnitude is not None and (gate is not None or tied):
             raise ValueError("DoRA goes with neither gates over ranks nor experts that share one A")
-        if tied and len(set(spans.rank)) > 1:
-            raise ValueError(f"experts that share one A need one rank, got {spans.rank}")
         self.spans = spans
         self.gate = gate
         self.tied = tied
@@ -141,6 +142,8 @@ class Rows(nn.Module):
         self.spans = Spans.packed(ranks, self.spans.scale)
         self.a = nn.Parameter(a, requires_grad=self.a.requires_grad)
         self.b = nn.Parameter(b, requires_grad=self.b.requires_grad)
+        if self.gate is not None:
+            follow(self.gate, take)
         return take
 
 

@@ -9,35 +9,20 @@ Letters: R rank rows of a site before the edit, S after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.bank import Rows, gather_rows, init_a
+from loramux.core.rowgate import moved_gate
 from loramux.ops.contract import Spans
 
 FRESH = -1
-
-
-class RowGate(nn.Module):
-    """A learned factor per rank row: forward() gives [R], which is folded into A.
-
-    Its scores are per-row parameters; subclasses say what they mean and what a fresh row starts with.
-    """
-
-    def forward(self) -> Tensor:
-        raise NotImplementedError("a row gate must define forward() -> [R]")
-
-    def gather(self, take_S: Tensor) -> Mapping[str, Tensor]:
-        """New values of its parameters, by name, for rows in this order (-1: a fresh row). Changes nothing."""
-        return {name: gather_rows(p.detach(), take_S) for name, p in self.named_parameters()}
-
-    def gathered(self, take_S: Tensor) -> None:
-        """Called before parameters are replaced by what `gather` gave, for buffers that must follow."""
+Moments = Literal["copy", "zero", "keep"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,15 +49,23 @@ class Editor:
 
     @torch.no_grad()
     def gather(
-        self, path: str, slot: int, index: Sequence[int], snapshot: Snapshot | None = None
+        self,
+        path: str,
+        slot: int,
+        index: Sequence[int],
+        snapshot: Snapshot | None = None,
+        moments: Moments = "copy",
     ) -> None:
-        """Rebuild `slot` of the site from its own rows, in this order; -1 is a fresh row (A random, B zero, moments zero).
+        """Rebuild `slot` of the site from its own rows, in this order; -1 is a fresh row (A random, B and moments 0).
 
         snapshot: rows that move (index[i] != i) take A, B and their moments from it instead of the present ones; row
-        gates always move as they are now.
+        gates always move as they are now. moments: of the rows that move, "zero" forgets them and "keep" leaves those
+        of the row that was there before; both only where the number of rows stays the same.
         """
         rows = self._rows(path)
         take_S, ranks = _take(rows, slot, index)
+        if moments != "copy" and len(take_S) != rows.spans.num_rows:
+            raise ValueError(f"moments={moments!r} needs an edit that keeps the number of rows")
         if snapshot is not None and snapshot.tensors[f"{path}|b"].shape != rows.b.shape:
             raise ValueError(
                 f"the snapshot holds {len(snapshot.tensors[f'{path}|b'])} rows of {path}, which has {len(rows.b)} now; "
@@ -84,11 +77,16 @@ class Editor:
             rows.spans = Spans.packed(ranks, spans.scale)
         for letter in ("a", "b"):
             old: nn.Parameter = getattr(rows, letter)
-            source = {} if snapshot is None else _under(snapshot.tensors, f"{path}|{letter}")
-            value = _moved(old.detach(), take_S, source.get(""))
+            name = f"{path}|{letter}"
+            value = _moved(
+                old.detach(), take_S, None if snapshot is None else snapshot.tensors[name]
+            )
             if letter == "a" and bool(fresh_S.any()):
-                value[fresh_S] = init_a(int(fresh_S.sum()), value.shape[1], self.generator).to(value)
-            self._install(rows, letter, value, take_S, source)
+                value[fresh_S] = init_a(int(fresh_S.sum()), value.shape[1], self.generator).to(
+                    value
+                )
+            states = self._moved_moments(old, take_S, moments, name, snapshot)
+            self._install(rows, letter, value, states)
         self._gather_gate(rows, take_S)
         self._refresh()
 
@@ -99,8 +97,9 @@ class Editor:
             for letter in ("a", "b"):
                 parameter: nn.Parameter = getattr(rows, letter)
                 kept[f"{path}|{letter}"] = parameter.detach().clone()
-                for key, value in self._moments(parameter):
-                    kept[f"{path}|{letter}|{key}"] = value.detach().clone()
+                for key, value in self.optimizer.state.get(parameter, {}).items():
+                    if torch.is_tensor(value) and value.shape == parameter.shape:
+                        kept[f"{path}|{letter}|{key}"] = value.detach().clone()
         return Snapshot(kept)
 
     @torch.no_grad()
@@ -112,10 +111,12 @@ class Editor:
 
     def resize(self, ranks: Mapping[str, Sequence[int]]) -> None:
         """Give the slots of sites these ranks, rows unspecified: before saved values are put in their place."""
+        drawn, self.generator = self.generator, torch.Generator()
         for path, wanted in ranks.items():
             for slot, rank in enumerate(wanted):
                 if self._rows(path).spans.rank[slot] != rank:
                     self.gather(path, slot, [FRESH] * rank)
+        self.generator = drawn
 
     # --- Inside -----------------------------------------------------------------------------------
 
@@ -127,26 +128,35 @@ class Editor:
             )
         return rows
 
-    def _moments(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        """What the optimizer keeps per element of the parameter."""
-        for key, value in self.optimizer.state.get(parameter, {}).items():
-            if torch.is_tensor(value) and value.shape == parameter.shape:
-                yield str(key), value
+    def _moved_moments(
+        self,
+        parameter: nn.Parameter,
+        take_S: Tensor,
+        how: Moments,
+        name: str = "",
+        snapshot: Snapshot | None = None,
+    ) -> dict[str, Tensor]:
+        if how == "keep":
+            return {}
+        found = {}
+        for key, now in self.optimizer.state.get(parameter, {}).items():
+            if not torch.is_tensor(now) or now.dim() == 0:
+                continue
+            if now.shape != parameter.shape:
+                # Factored moments know rows and columns only together: they start anew for this matrix.
+                found[key] = torch.zeros_like(now)
+                continue
+            before = None if snapshot is None else snapshot.tensors.get(f"{name}|{key}")
+            found[key] = _moved(now, take_S, before)
+            if how == "zero":
+                found[key][take_S != torch.arange(len(take_S), device=take_S.device)] = 0
+        return found
 
     def _install(
-        self,
-        module: nn.Module,
-        name: str,
-        value: Tensor,
-        take_S: Tensor,
-        source: Mapping[str, Tensor] | None = None,
+        self, module: nn.Module, name: str, value: Tensor, moments: Mapping[str, Tensor]
     ) -> None:
-        """Give a parameter its new value and its moments their new places."""
-        source = source or {}
+        """Give a parameter its new value, and the optimizer the moments that go with it."""
         old: nn.Parameter = getattr(module, name)
-        moments = {
-            key: _moved(moment, take_S, source.get(key)) for key, moment in self._moments(old)
-        }
         if value.shape == old.shape:
             old.copy_(value)
             for key, moment in moments.items():
@@ -157,25 +167,21 @@ class Editor:
         for group in self.optimizer.param_groups:
             group["params"] = [new if p is old else p for p in group["params"]]
         state: dict[str, Any] = self.optimizer.state.pop(old, {})
-        if state:
-            # Factored moments know rows and columns only together: such an optimizer starts anew for this matrix.
-            others = {key: v for key, v in state.items() if key not in moments}
-            if not any(torch.is_tensor(v) and v.dim() > 0 for v in others.values()):
-                self.optimizer.state[new] = {**others, **moments}
+        if state and all(moment.shape == new.shape for moment in moments.values()):
+            self.optimizer.state[new] = {**state, **moments}
 
     def _gather_gate(self, rows: Rows, take_S: Tensor) -> None:
         gate = rows.gate
         if gate is None:
             return
-        if not isinstance(gate, RowGate):
-            raise ValueError(
-                f"{type(gate).__name__} cannot follow its rows; derive it from core.edits.RowGate"
-            )
-        values = gate.gather(take_S)
-        gate.gathered(take_S)
-        for name, value in values.items():
+        for name, value in moved_gate(gate, take_S).items():
             holder, _, leaf = name.rpartition(".")
-            self._install(gate.get_submodule(holder), leaf, value, take_S)
+            module = gate.get_submodule(holder)
+            old = getattr(module, leaf)
+            if isinstance(old, nn.Parameter):
+                self._install(module, leaf, value, self._moved_moments(old, take_S, "copy"))
+            else:
+                old.copy_(value)
 
     def _refresh(self) -> None:
         found = self.adapter.trainable()
@@ -210,9 +216,3 @@ def _moved(now: Tensor, take_S: Tensor, before: Tensor | None) -> Tensor:
         moved_S = (take_S >= 0) & (take_S != torch.arange(len(take_S), device=take_S.device))
         out[moved_S] = before.to(out)[take_S[moved_S]]
     return out
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """`prefix` itself under "", `prefix|key` under key."""
-    found = {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(f"{prefix}|")}
-    return {**found, "": tensors[prefix]}

@@ -9,13 +9,17 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 
+from loramux.core.bank import Rows
 from loramux.core.router import Router
 from loramux.core.types import Expert, RouteRecord, Servability, Site
 from loramux.core.values import check_positive, check_regex, check_share, check_whole
+
+if TYPE_CHECKING:
+    from loramux.core.controller import Controller
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +161,8 @@ class Method:
     default_learning_rate: ClassVar[float] = 1e-4
     needs_adapters: ClassVar[bool] = False
     trains_rows: ClassVar[bool] = True
+    # On disk: a PEFT folder per expert, or one that holds all ranks, for experts that are single ranks.
+    folder_layout: ClassVar[Literal["experts", "one"]] = "experts"
 
     def __init__(self, config: MethodConfig):
         self.config = config
@@ -164,6 +170,13 @@ class Method:
     def experts(self, site: Site) -> list[Expert]:
         """The experts to allocate at this site."""
         return [Expert(self.config.rank_at(site.path), self.config.scale_at(site.path))]
+
+    def usual_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of the model's linears that are meant where the config names no target_modules."""
+        return list(sites)
+
+    def start_rows(self, site: Site, rows: Rows) -> None:
+        """Change fresh rows in place, where a paper starts A otherwise than PEFT."""
 
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Refuse a model whose sites this method cannot use."""
@@ -183,6 +196,14 @@ class Method:
     def tied_experts(self, site: Site) -> int:
         """How many experts of this site share one A; 0: every expert has its own."""
         return 0
+
+    def controller(self) -> Controller | None:
+        """A new object that acts between the optimizer steps of one training run; None: gradients do it all."""
+        return None
+
+    def governor_of(self, site: Site) -> str | None:
+        """Path of a router that governs this site though it need not lie above it; None: the nearest one above."""
+        return None
 
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """Named auxiliary losses of one forward pass, coefficients applied."""

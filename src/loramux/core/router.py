@@ -46,7 +46,7 @@ class Router(nn.Module):
 
     scope: ClassVar[Literal["layer", "block", "site"]]
     when: When = "token"
-    reads: ClassVar[Literal["x", "t"]] = "x"
+    reads: ClassVar[Literal["x", "t", "hidden"]] = "x"
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
         raise NotImplementedError("a router must define forward(view, incoming)")

@@ -71,6 +71,9 @@ class State:
     def route(self, adapter: Adapter, site: Site) -> Route:
         """The innermost route that governs this site."""
         name = adapter.name
+        governor = adapter.method.governor_of(site)
+        if governor is not None:
+            return self.routes[name, governor]
         if adapter.routes_site(site):
             found = self.routes.get((name, site.path))
             if found is not None:

@@ -80,7 +80,8 @@ class RouteRecord:
     weight [n, K] (n = requests for prompt routers, tokens for token routers) belongs to the columns in slot [n, K];
     without slot, to all columns in order. probs [n, columns] are the router's probabilities before selection, logits
     what they came from; valid [n] marks real requests or tokens. `columns` names what is chosen among: sites
-    (`self_attn.q_proj`) or experts (`0`, `1`, ...).
+    (`self_attn.q_proj`) or experts (`0`, `1`, ...). request [n] is the request of each token, tasks[q] the task of
+    request q, where a loss wants them.
     """
 
     adapter: str
@@ -93,6 +94,8 @@ class RouteRecord:
     probs: Tensor | None = None
     logits: Tensor | None = None
     valid: Tensor | None = None
+    request: Tensor | None = None
+    tasks: tuple[str | None, ...] | None = None
 
     @cached_property
     def gates(self) -> Tensor:
