@@ -149,7 +149,9 @@ def _read_static(layout: Layout, base: BaseIdentity, folder: Path, check_base: b
 
 
 def _content(layout: Layout, adapter: Adapter, routers: nn.ModuleDict) -> Content:
-    packed = pack(layout, {path: SiteParts.of_rows(rows) for path, rows in adapter.rows.items()})
+    # Folded: gates over ranks are part of A, and experts that share an A have one each.
+    parts = {path: SiteParts.of_rows(rows.folded()) for path, rows in adapter.rows.items()}
+    packed = pack(layout, parts)
     own: dict[str, Router] = {}
     routers.eval()
     for path in adapter.routers:

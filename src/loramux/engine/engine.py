@@ -149,7 +149,7 @@ class Engine(Answers):
         check_mix(request.mix)
         request = Request(
             prompt=request.prompt, adapter=request.adapter, params=params, tenant=request.tenant,
-            salt=request.salt, id=request_id,
+            salt=request.salt, id=request_id, task=request.task,
         )  # fmt: skip
         ticket = self.store.want(request.mix)
         now = time.perf_counter()

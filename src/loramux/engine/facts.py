@@ -1,8 +1,8 @@
 """What the engine must know of an adapter's routers, looked up once per content.
 
-Three kinds of router can sit in an adapter: one that reads the input of a layer or block and weighs its experts (a
-sum), one that turns the tokens of an FFN into rows (top-k experts), and a late gate that reads t = A x at the first
-site of its unit.
+Four kinds of router can sit in an adapter: one that reads the input of a layer or block and weighs its experts (a
+sum), one that does so at a single linear, one that turns the tokens of an FFN into rows (top-k experts), and a late
+gate that reads t = A x at the first site of its unit.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """layers: routers by module path; governed: which sites (indices) such a router weighs."""
+    """layers and sited: routers by the path of a layer or block, and of a linear; governed: the sites they weigh."""
 
     layers: Mapping[str, Router]
+    sited: Mapping[str, Router]
     governed: Mapping[str, tuple[int, ...]]
     blocks: Mapping[str, RowBlock]
     late: Mapping[str, LateUnit]
@@ -58,9 +59,12 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
     """`sites` are the engine's, in order: their indices are those of the slot table."""
     index = {site.path: i for i, site in enumerate(sites)}
     layers: dict[str, Router] = {}
+    sited: dict[str, Router] = {}
     blocks: dict[str, RowBlock] = {}
     for path, router in adapter.hooked_routers():
-        if router.scope == "block":
+        if path in adapter.sites:
+            sited[path] = router
+        elif router.scope == "block":
             gate: Any = router.lowered() if adapter.mask is None else None
             kept = gate if isinstance(gate, TopKGate) else None
             blocks[path] = RowBlock(path, router, kept)
@@ -70,9 +74,9 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
         path: tuple(
             index[site.path]
             for site in adapter.sites.values()
-            if path in (site.layer_path, site.block)
+            if path in (site.layer_path, site.block, site.path)
         )
-        for path in (*layers, *blocks)
+        for path in (*layers, *sited, *blocks)
     }
     late = _late_units(adapter, index)
     plain = [
@@ -83,6 +87,7 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
     routers = list(adapter.routers.values())
     return Facts(
         layers=layers,
+        sited=sited,
         governed=governed,
         blocks=blocks,
         late=late,

@@ -154,6 +154,7 @@ def ask_router(entry: Entry, router: Router, own_nD: Tensor) -> Route:
         training=False,
         record=_no_record,
         mask_E=None if mask is None else torch.tensor(mask, device=device),
+        tasks=(entry.sample.request.task,),
     )
     route: Route = router(view, EVERYTHING)
     return route

@@ -19,6 +19,7 @@ from loramux.core.types import Site
 from loramux.engine.blockrows import BlockRows
 from loramux.engine.latecalls import LatePlan, run_late, share_late
 from loramux.engine.program import Program
+from loramux.engine.siteroutes import route_sites
 from loramux.ops import pool
 from loramux.ops.contract import Pairs, RowMap
 from loramux.ops.gates import LateCall
@@ -112,6 +113,8 @@ class Group:
         program = self.wiring.program
         if program is None:
             return [layer(x) for layer in self.layers]
+        if program.sited:
+            route_sites(program, self, x)
         call: Call | None = program.calls.get(self.number)
         if call is None:
             call = program.calls[self.number] = self._plan(program, x)

@@ -22,7 +22,7 @@ from loramux.engine.request import Completion, Delta, Request, SamplingParams
 from loramux.errors import DataError, suggest
 
 PARAMS = tuple(field.name for field in fields(SamplingParams))
-KEYS = ("prompt", "messages", "adapter", "tenant", "id", *PARAMS)
+KEYS = ("prompt", "messages", "adapter", "tenant", "id", "task", *PARAMS)
 NUM_SHOWN = 5  # bad lines in one error
 AHEAD = 256  # requests handed to the engine at once: enough to prefetch adapters for
 
@@ -51,6 +51,7 @@ class Job:
     adapter: str | Mapping[str, float] | None
     tenant: str
     params: SamplingParams
+    task: str | None = None
 
     def request(self, tokenizer: Any) -> Request:
         """The request; messages go through the tokenizer's chat template."""
@@ -61,6 +62,7 @@ class Job:
             params=self.params,
             tenant=self.tenant,
             id=f"line-{self.line}",
+            task=self.task,
         )
 
     def _templated(self, tokenizer: Any) -> list[int]:
@@ -141,14 +143,16 @@ def _parse(
         raise DataError(f"tenant must be a text that is not empty, got {tenant!r}")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
         raise DataError(f"id must be a text or a whole number, got {given!r}")
+    task = row.get("task")
     Request(
-        prompt=prompt or (0,), adapter=adapter, params=params, tenant=tenant
+        prompt=prompt or (0,), adapter=adapter, params=params, tenant=tenant, task=task
     )  # refuses what it refuses
     named = [adapter] if isinstance(adapter, str) else list(adapter or ())
     contents = [str(adapters[name]) for name in named] if isinstance(adapters, Mapping) else []
     asked = [base, prompt, messages, adapter, contents, asdict(params)]
+    asked += [] if task is None else [task]
     key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
-    return Job(line, key, given, prompt, messages, adapter, tenant, params)
+    return Job(line, key, given, prompt, messages, adapter, tenant, params, task)
 
 
 def _prompt(value: Any) -> str | tuple[int, ...]:

@@ -95,7 +95,7 @@ class Program:
         self.num_pairs = pair
         prompted = [e for e in self.entries if e.facts.routes_on_prompt]
         self.differs = bool(prompted) or any(
-            e.facts.layers or not _runs_in_kernel(e) for e in self.entries
+            e.facts.layers or e.facts.sited or not _runs_in_kernel(e) for e in self.entries
         )
         self.token, self.slot = self._index()
         self.weight = self._weights()
@@ -194,6 +194,16 @@ class Program:
         found: dict[str, list[Entry]] = {}
         for entry in self.entries:
             for path, router in entry.facts.layers.items():
+                if router.when != "prompt" or not entry.is_decided():
+                    found.setdefault(path, []).append(entry)
+        return found
+
+    @cached_property
+    def sited(self) -> dict[str, list[Entry]]:
+        """Entries whose router at a linear still has to run, by the linear's path."""
+        found: dict[str, list[Entry]] = {}
+        for entry in self.entries:
+            for path, router in entry.facts.sited.items():
                 if router.when != "prompt" or not entry.is_decided():
                     found.setdefault(path, []).append(entry)
         return found

@@ -98,7 +98,7 @@ class Request:
 
     adapter: None for the base, the name of an adapter, or {name: weight} for a weighted mix. `tenant` is who is served
     fairly; requests share cached prefixes only under one `salt` (the tenant's name if none is given). The engine
-    numbers requests that bring no id.
+    numbers requests that bring no id. `task` is told to adapters that weigh their experts by the task.
     """
 
     prompt: str | Sequence[int]
@@ -107,9 +107,10 @@ class Request:
     tenant: str = "default"
     salt: str | None = None
     id: str | None = None
+    task: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tenant", "salt", "id"):
+        for name in ("tenant", "salt", "id", "task"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "tenant"):
                 raise ValueError(f"{name} must be a text, got {value!r}")

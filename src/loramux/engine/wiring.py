@@ -17,6 +17,7 @@ from loramux.engine.blockrows import BlockRows, attach_gates, lay_out, take_rout
 from loramux.engine.latecalls import ask_router
 from loramux.engine.linear import EngineLinear, Group
 from loramux.engine.program import Entry, Program
+from loramux.engine.siteroutes import dense
 from loramux.ops.pool import Member
 from loramux.ops.slots import SlotTable
 
@@ -138,7 +139,7 @@ class Wiring:
         """A route that sums its experts: the same weights at all governed sites, times each site's own gate."""
         router = entry.facts.layers.get(path) or entry.facts.blocks[path].router
         governed = entry.facts.governed[path]
-        base_nE = _dense(route, entry)
+        base_nE = dense(route, entry)
         if route.gate is None:
             self._set(program, entry, governed, base_nE, router.when)
             return
@@ -203,24 +204,3 @@ class Wiring:
 def _weight_OI(layer: nn.Module, site: Site | None) -> Tensor:
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight.T if site is not None and site.transposed else weight
-
-
-def _dense(route: Route, entry: Entry) -> Tensor:
-    """[n, E] weights of a route that sums; 0 where an expert was not chosen."""
-    n, width = entry.count, entry.width
-    weight, slot = route.weight, route.slot
-    if route.per_request:
-        weight = None if weight is None else weight[:1].expand(n, -1)
-        slot = None if slot is None else slot[:1].expand(n, -1)
-    given_E = weight if slot is None else slot
-    experts = width if given_E is None else given_E.shape[1]
-    if experts > width:
-        raise ValueError(
-            f"{entry.content.method.title} routes {experts} experts as a sum inside an FFN block, where the engine "
-            "expects rows; declare the router at the layer or at its sites"
-        )
-    if slot is None:
-        return torch.ones(n, width) if weight is None else weight.float()
-    given = torch.ones(slot.shape) if weight is None else weight.float()
-    dense = torch.zeros(n, width, device=slot.device)
-    return dense.scatter_add(1, slot.clamp_min(0), given.masked_fill(slot < 0, 0.0))
