@@ -64,10 +64,11 @@ class Content:
 
     @cached_property
     def nbytes(self) -> int:
-        """What it takes in the memory tier: rows, gains, magnitudes, routers."""
+        """What it takes in the memory tier: rows, gains, magnitudes, routers and the kernels' copies of their gates."""
         routers = nn.ModuleDict({key_of(path): router for path, router in self.routers.items()})
         tensors = routers.state_dict().values()
-        return self.pack.nbytes + sum(int(t.numel() * t.element_size()) for t in tensors)
+        own = sum(int(t.numel() * t.element_size()) for t in tensors)
+        return self.pack.nbytes + own + self.facts.gate_bytes
 
     @property
     def servability(self) -> Servability:
@@ -175,10 +176,16 @@ def _digest(
 ) -> str:
     """SHA-256 over what the content computes, in one order for every engine over the same model."""
     config = method.config.to_dict()
+    # However it was trained, what is static is the plain LoRA that its folder holds.
+    is_plain_lora = not routers and method.servability == "static"
     named = {**packed.magnitudes, **{f"router {name}": routers[name] for name in sorted(routers)}}
     manifest = {
-        "method": method.name,
-        "config": {key: value for key, value in config.items() if key not in _NOT_FUNCTION},
+        "method": LoraMethod.name if is_plain_lora else method.name,
+        "config": {
+            key: value
+            for key, value in config.items()
+            if key not in _NOT_FUNCTION and not is_plain_lora
+        },
         "mask": mask,
         "dtype": str(packed.rows.dtype),
         "sites": [[path, s.rank, s.scale] for path, s in packed.spans.items()],

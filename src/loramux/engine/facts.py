@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from loramux.core.adapter import Adapter
 from loramux.core.router import Router
 from loramux.core.types import Site
@@ -51,12 +53,25 @@ class Facts:
     routes_tokens: bool
 
     @property
+    def gate_bytes(self) -> int:
+        """What the kernels' fp32 copies of its gates take."""
+        late = [unit.gate for unit in self.late.values()]
+        gates = [*late, *(block.gate for block in self.blocks.values())]
+        tensors = [t for gate in gates for t in vars(gate or object).values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
     def is_late(self) -> bool:
         return bool(self.late)
 
 
 def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
     """`sites` are the engine's, in order: their indices are those of the slot table."""
+    if adapter.hidden_routers:
+        raise ValueError(
+            f"{adapter.method.title} decides from a pass of the bare base over every token, which would need a second "
+            "KV pool; the engine does not serve it, use loramux.load and model.generate"
+        )
     index = {site.path: i for i, site in enumerate(sites)}
     layers: dict[str, Router] = {}
     sited: dict[str, Router] = {}
@@ -74,7 +89,7 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
         path: tuple(
             index[site.path]
             for site in adapter.sites.values()
-            if path in (site.layer_path, site.block, site.path)
+            if path in (site.layer_path, site.block, site.path, adapter.method.governor_of(site))
         )
         for path in (*layers, *sited, *blocks)
     }
