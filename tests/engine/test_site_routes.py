@@ -70,3 +70,21 @@ def test_a_linear_with_fewer_experts_than_others_gets_weights_for_its_own():
         seen = record(engine)
         done = drive(engine, [request], random.Random(0))
     assert_like_core(handle, [request], done, seen)
+
+
+def test_gates_of_a_layer_are_read_anew_in_blocks_that_others_route_by_rows(tmp_path: Path):
+    """Decode steps reuse their rows: a neighbour whose gate sits at the layer must not get the last step's weights."""
+    make = Maker(tmp_path / "experts")
+    folders = save_variants(make, tmp_path, variants_of("mixlora", "loraflow"), "llama")
+    handle = load_all(build_pico("llama"), folders)
+    draw = random.Random(5)
+    requests = [
+        greedy(random_prompt(draw), name, 8, id=f"r{i}")
+        for i, name in enumerate([*folders, *folders])
+    ]
+    with build_engine() as engine:
+        for name, folder in folders.items():
+            engine.add_adapter(name, folder)
+        seen = record(engine)
+        done = drive(engine, requests, draw)
+    assert_like_core(handle, requests, done, seen)

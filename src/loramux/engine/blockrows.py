@@ -109,6 +109,10 @@ def lay_out(
         not inside.isdisjoint(unit.sites) and path not in {site.path for _, site in block}
         for path, waiting in program.late.items()
         for _, unit in waiting
+    ) or any(
+        not inside.isdisjoint(entry.facts.governed[path])
+        for path, entries in program.layers.items()
+        for entry in entries
     )
     found.moved_at = _places(program, {id(entry) for entry, _ in chosen}, at)
     return found
