@@ -5,6 +5,7 @@ Everything is built and checked before the model changes.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from loramux.core.sites import find_sites, refuse_fused_experts, select_sites
 from loramux.core.types import Site
 from loramux.methods import load_method
 
+log = logging.getLogger(__name__)
 DEFAULT_NAME = "default"
 
 
@@ -65,7 +67,20 @@ class Handle(Attachment):
         layout="mixlora" writes a MixLoRA under the published key names instead.
         """
         write = persist.write_published_mixlora if layout == "mixlora" else persist.write_adapter
-        return write(self.model, self._named(name), Path(folder))
+        adapter = self._named(name)
+        controller = adapter.method.controller()
+        if (
+            controller
+            and controller.needs_loop
+            and adapter.trainable()
+            and not adapter.is_controlled
+        ):
+            log.warning(
+                "%s acts between optimizer steps, which nothing let %r do; train it with loramux.train.Trainer, or give "
+                "the stock trainers loramux.train.hf.RouterCallback",
+                *(adapter.method.title, adapter.name),
+            )
+        return write(self.model, adapter, Path(folder))
 
     def trainable_parameters(self, name: str | None = None) -> dict[str, nn.Parameter]:
         """Name -> parameter of one adapter, in declared order."""
@@ -159,6 +174,13 @@ def new_adapter(model: nn.Module, sites: list[Site], config: MethodConfig, name:
     if config.target_modules is None:
         refuse_fused_experts(model, sites)
     chosen = select_sites(sites, config)
+    if config.target_modules is None:
+        chosen = method.usual_sites(chosen)
+    chosen = method.kept_sites(chosen)
+    if not chosen:
+        raise ValueError(
+            f"{method.title} found none of the linears it usually targets; name some in target_modules"
+        )
     config.check_patterns([site.path for site in chosen])
     method.check_sites(chosen)
     rows = {site.path: _fresh(model, site, method) for site in chosen}
@@ -174,7 +196,7 @@ def _fresh(model: nn.Module, site: Site, method: Method) -> Rows:
         weight: torch.Tensor = model.get_submodule(site.path).weight  # type: ignore[assignment]
         magnitude = weight_norm(weight.T if site.transposed else weight)
     experts = method.experts(site)
-    return fresh_rows(
+    rows = fresh_rows(
         site,
         experts,
         gaussian=config.init_lora_weights == "gaussian",
@@ -182,6 +204,8 @@ def _fresh(model: nn.Module, site: Site, method: Method) -> Rows:
         gate=method.row_gate(site, sum(expert.rank for expert in experts)),
         tied=method.tied_experts(site),
     )
+    method.start_rows(site, rows)
+    return rows
 
 
 def describe_config(config: MethodConfig) -> dict[str, Any]:

@@ -31,4 +31,6 @@ TINY = Effort(
     serve_prompt=(4, 9),
     serve_answer=(2, 5),
     streams=3,
+    score_rounds=2,
+    score_layers=(3,),
 )

@@ -22,7 +22,7 @@ data: {train: [{path: "demo:snips/train.jsonl"}]}
 training: {steps: 2}
 """
 VERBS = ["fetch", "train", "eval", "generate", "batch", "methods", "bench", "demo"]
-VERBS += ["tenants", "config schema"]
+VERBS += ["tenants", "config schema", "compose", "lower"]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 

@@ -44,13 +44,58 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "switch": {**_EXPERTS, "routing_strategy": "mixlora-switch"},
         "every-other-layer": {**_EXPERTS, "sparse_step": 2, "expert_r": 2, "expert_alpha": 3.0},
     },
+    "beamlora": {
+        "default": {},
+        "cool": {"temperature": 0.03, "rank_pattern": {r".*\.0\..*": 2}, "use_rslora": True},
+    },
+    "alora": {"default": {"rank_pattern": {r".*\.0\..*": 2}}, "rslora": {"use_rslora": True}},
+    "fanlora": {
+        "probe": {},
+        "placed": {"scorer": "random", "n_keep": 2, "match_r": 3},
+        "dora": {"scorer": "random", "use_dora": True},
+    },
+    "smora": {
+        "ranks": {"r": 6, "activate_r": 2},
+        "units": {"r": 8, "activate_r": 4, "rank_partition": 2, "score": "softmax"},
+        # Cleared gradients count as a step there, and the biases that then move are part of the gates.
+        "biased": {
+            "activate_r": 3,
+            "gate_from_biased": True,
+            "bias_step": 0.0,
+            "alpha_pattern": {r".*\.1\..*": 3.0},
+        },
+    },
+    "hydralora": {"default": {}},
+    "loramoe": {"default": {"num_experts": 4}},
+    "midora": {"default": {"top_k": 2}},
+    "mixdora": {"default": {**_EXPERTS}},
+    "moelora": {"mean": {"num_experts": 2, "tasks": ("ask", "tell"), "fallback": "mean"}},
+    "mola": {"default": {}, "steps": {"experts_per_layer": (2, 3)}},
+    "molora": {"default": {"num_experts": 3}},
     "mole": {
         "layer": {"granularity": "layer"},
         "matrix": {"granularity": "matrix", "share_tau": True},
         "network": {"granularity": "network"},
         "prompt": {"granularity": "block", "pool": "prompt_mean"},
     },
+    "loraflow": {
+        "layer": {"init": "anchor:green"},
+        "module": {"granularity": "module"},
+        "step": {"granularity": "step", "sum_penalty_coef": 0.1},
+    },
+    "xlora": {
+        "plain": {},
+        "layerwise": {
+            "layerwise_scalings": True,
+            "top_k_lora": 2,
+            "xlora_depth": 2,
+            "xlora_size": 16,
+            "xlora_dropout_p": 0.0,
+        },
+    },
+    "arrow": {"top2": {"top_k": 2}},
 }
+NOT_SERVED = ("xlora",)  # refused by the engine: every token would be run twice
 # The raw top-p weights of a token do not sum to 1, so untrained experts scale the FFN: the published rule.
 NOT_THE_BASE_AT_FIRST = ("mixlora-dynamic",)
 # Trained adapters for the methods that gate them: other ranks and scales, and one that leaves layer 1 out.
@@ -109,6 +154,16 @@ def crossed(*families: str) -> list[tuple[Variant, str]]:
         *((variant, "llama") for variant in every_variant()),
         *((variant, family) for family in families for variant in first_variants()),
     ]
+
+
+def served(variants: list[Variant]) -> list[Variant]:
+    """Those that the engine serves."""
+    return [variant for variant in variants if variant.method not in NOT_SERVED]
+
+
+def learning(cases: list[Any]) -> list[Any]:
+    """Those that have something to train: variants, or (variant, family)."""
+    return [c for c in cases if (c if isinstance(c, Variant) else c[0]).method_class.learns]
 
 
 def named(value: object) -> str:

@@ -20,6 +20,7 @@ from conformance.cases import (
     variants_of,
 )
 from loramux.core.bank import Rows
+from loramux.ops.contract import Spans
 from pico import FAMILIES, build_pico
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -180,14 +181,18 @@ def rows_of_expert(handle: loramux.Handle, folder: Path) -> dict[str, tuple[Rows
     """Site -> (rows, slot) that an expert's folder was written from."""
     adapter = handle.adapters["default"]
     found = {}
-    for path, rows in adapter.rows.items():
-        if adapter.experts:
+    for path, own in adapter.rows.items():
+        rows = own.folded()
+        if folder.name == "ranks":
+            spans = Spans.packed([rows.spans.num_rows], rows.spans.scale[:1])
+            rows, slot = Rows(spans, rows.a.data, rows.b.data), 0
+        elif adapter.experts:
             slot = adapter.experts.index(folder.name)
         elif folder.name in ("lora", "shared"):
             slot = 0 if rows.spans.num_slots == 1 else -1
         else:
             slot = int(folder.name.split("_")[1]) if rows.spans.num_slots > 1 else -1
-        if slot >= 0 and rows.spans.rank[slot]:
+        if 0 <= slot < rows.spans.num_slots and rows.spans.rank[slot]:
             found[path] = (rows, slot)
     return found
 

@@ -14,6 +14,7 @@ from conformance.cases import (
     Maker,
     Variant,
     first_variants,
+    learning,
     logits_of,
     padded,
     random_requests,
@@ -210,7 +211,7 @@ def test_the_model_may_be_called_positionally_with_embeddings_or_through_its_bod
     assert torch.equal(model.lm_head(hidden), expected)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", learning(first_variants()), ids=lambda v: v.name)
 def test_a_model_moved_to_bfloat16_after_attaching_runs_and_keeps_full_precision_rows(
     make: Maker, variant: Variant
 ):

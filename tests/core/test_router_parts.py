@@ -1,5 +1,6 @@
 """The parts routers are made of: softmax and sums by segment, stable top-k, means over what is real."""
 
+import pytest
 import torch
 
 from loramux.core.router import (
@@ -7,6 +8,7 @@ from loramux.core.router import (
     segment_softmax,
     segment_sum,
     switch_balance,
+    top_k_mask,
     top_k_stable,
 )
 
@@ -61,3 +63,16 @@ def test_means_leave_out_what_is_not_real():
 def test_the_balance_of_ties_counts_the_lower_index():
     p = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
     assert switch_balance(p, torch.ones(2, dtype=torch.bool)).item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_the_mask_of_the_best_is_the_stable_choice_also_where_scores_tie(
+    dtype: torch.dtype, k: int
+):
+    draw = torch.Generator().manual_seed(0)
+    for scores in (torch.randn(40, 8, generator=draw), torch.randint(3, (40, 8), generator=draw)):
+        score_NE = scores.to(dtype)
+        expected = torch.zeros(40, 8, dtype=torch.bool)
+        expected.scatter_(1, top_k_stable(score_NE, k), True)
+        assert torch.equal(top_k_mask(score_NE, k), expected)

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import loramux
+from loramux.core.method import MethodConfig
 from loramux.train import Job, Listener, StepEvent, Trainer, TrainingConfig
 from pico import PAD, build_pico
+from train.editing import Moving
 from train.toys import examples
 
 
@@ -50,14 +53,23 @@ def die_while_a_state_is_written(out: Path) -> None:
     os.replace = replace  # type: ignore[assignment]
 
 
-def run(out: Path, *listeners: Listener) -> None:
+def attached(base: nn.Module, kind: str) -> loramux.Handle:
+    """An adapter `a`: a mixture, one whose ranks compete, or one whose ranks move between linears."""
+    config: MethodConfig = loramux.LoraConfig(r=2, lora_dropout=0.1)
+    if kind == "mixlora":
+        config = loramux.MixLoRAConfig(r=4, num_experts=4, lora_dropout=0.1, jitter_noise=0.1)
+    if kind == "beamlora":
+        config = loramux.BeamLoRAConfig(r=4, interval=2, end_step=9, top_p=0.5)
+    handle = loramux.attach(base, config, name="a")
+    if kind == "moving":
+        handle.adapters["a"].method.controller = Moving  # type: ignore[method-assign, assignment]
+    return handle
+
+
+def run(kind: str, out: Path, *listeners: Listener) -> None:
     torch.manual_seed(0)
     base = build_pico("llama")
-    handle = loramux.attach(
-        base,
-        loramux.MixLoRAConfig(r=4, num_experts=4, lora_dropout=0.1, jitter_noise=0.1),
-        name="a",
-    )
+    handle = attached(base, kind)
     training = TrainingConfig(
         steps=10,
         learning_rate=1e-2,
@@ -90,20 +102,23 @@ def in_child(work: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, kind: str) -> None:
     kills: dict[str, Callable[[Path], None]] = {
-        "after a step": lambda out: run(out, KillAt(step=5)),
-        "at a validation": lambda out: run(out, KillAt(validation=8)),
-        "while a state is written": lambda out: (die_while_a_state_is_written(out), run(out))[1],
-        "before the first state": lambda out: run(out, KillAt(step=2)),
+        "after a step": lambda out: run(kind, out, KillAt(step=5)),
+        "at a validation": lambda out: run(kind, out, KillAt(validation=8)),
+        "while a state is written": lambda out: (
+            die_while_a_state_is_written(out),
+            run(kind, out),
+        )[1],
+        "before the first state": lambda out: run(kind, out, KillAt(step=2)),
     }
-    status: dict[str, list[int]] = {"unbroken": [in_child(lambda: run(folder / "unbroken"))]}
+    status: dict[str, list[int]] = {"unbroken": [in_child(lambda: run(kind, folder / "unbroken"))]}
     for name, kill in kills.items():
         out = folder / name
-        status[name] = [in_child(lambda k=kill, o=out: k(o)), in_child(lambda o=out: run(o))]
+        status[name] = [in_child(lambda k=kill, o=out: k(o)), in_child(lambda o=out: run(kind, o))]
     (folder / "status.json").write_text(json.dumps(status))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

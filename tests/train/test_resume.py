@@ -20,23 +20,29 @@ HERE = Path(__file__).parent
 def contents(folder: Path) -> dict[str, bytes]:
     """The results and the last state of a run, file by file."""
     last = max(p for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
-    kept = [*last.glob("*.safetensors"), *folder.rglob("history.json")]
+    kept = [*last.glob("*.safetensors"), *folder.rglob("history.json"), *folder.rglob("edits.json")]
     kept += [p for name in ("adapter", "best") for p in folder.glob(f"**/{name}/**/*.safetensors")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(kept)}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_a_killed_run_ends_like_an_unbroken_one_wherever_it_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["mixlora", "beamlora", "moving"])
+def test_a_killed_run_ends_like_an_unbroken_one_wherever_it_was_killed(
+    kind: str, tmp_path: Path
+) -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     subprocess.run(
-        [sys.executable, str(HERE / "killed_run.py"), str(tmp_path)], env=env, check=True
+        [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), kind], env=env, check=True
     )
     status = json.loads((tmp_path / "status.json").read_text())
     assert status.pop("unbroken") == [0]
     assert len(status) == 4
     want = contents(tmp_path / "unbroken")
     assert "history.json" in want
-    assert any(name.endswith("router.safetensors") for name in want)
+    if kind == "mixlora":
+        assert any(name.endswith("router.safetensors") for name in want)
+    else:
+        assert len({row["step"] for row in json.loads(want["edits.json"])}) > 2
     for name, codes in status.items():
         assert codes == [-9, 0], f"{name}: killed, then ended well, was expected"
         assert contents(tmp_path / name) == want, name

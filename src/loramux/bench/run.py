@@ -24,6 +24,8 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     "residency": {"engine": "loramux.bench.parts:residency"},
     "serve": {"engine": "loramux.bench.parts:serve"},
     "train": {"models": "loramux.bench.parts:train"},
+    "methods": {"models": "loramux.bench.train_methods:measure"},
+    "score": {"models": "loramux.bench.score:score"},
 }
 Part = Callable[[Effort, str | None, Begin], Measured]
 

@@ -17,6 +17,8 @@ TARGETS: dict[str, float] = {
     "mixlora/bare": 1.5,
     "mixlora step/peft": 1.25,
     "mixlora memory/peft": 1.3,
+    "method step/peft": 1.3,
+    "score/naive": 1 / 1.5,
     "load ms": 60.0,
     "tenants/own base @ 8": 1.08,
     "tenants/own base @ 32": 1.18,

@@ -21,6 +21,8 @@ class What(StrEnum):
     residency = "residency"
     serve = "serve"
     train = "train"
+    methods = "methods"
+    score = "score"
 
 
 class Part(StrEnum):
@@ -56,7 +58,9 @@ def bench(
 
     decode: steps of one token, of attached models and of the engine. prefill: whole prompts. mixed: all kinds of
     adapters in one batch. load: adapters from disk and from memory. residency: with up to 1,000 adapters at hand.
-    serve: traffic, with latencies. train: training steps and memory. What is not installed is named and left out.
+    serve: traffic, with latencies. train: training steps and memory. methods: training steps of
+    every mixture against a LoRA of equal active rank. score: ablation scores of ranks against the plain double loop.
+    What is not installed is named and left out.
 
     With --json FILE a picture, FILE with the ending .png, is written beside it.
 

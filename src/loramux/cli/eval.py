@@ -24,6 +24,12 @@ def evaluate(
         typer.Option(help="token, raw, byte, exact_match or bleu; repeatable. Default: what fits."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    task_name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Tell adapters that go by tasks this one, not the rows' own."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Torch threads.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Default: that of the base.")] = None,
     json: JsonOption = None,
@@ -45,6 +51,7 @@ def evaluate(
             batch_size=batch_size,
             threads=threads,
             dtype=dtype,
+            task=task_name,
         )
     emit(result, json, _show)
 

@@ -18,6 +18,10 @@ def generate(
     task: Annotated[
         bool, typer.Option("--task", help='Ask as in the task data: "Question: TEXT, Answer:".')
     ] = False,
+    task_name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The task, for adapters that go by tasks (moelora)."),
+    ] = None,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt through the chat template.")
     ] = False,
@@ -50,6 +54,7 @@ def generate(
             seed=seed,
             threads=threads,
             dtype=dtype,
+            task=task_name,
         )
     emit(result, json, _show)
 

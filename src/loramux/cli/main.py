@@ -15,13 +15,32 @@ from typing import Annotated
 
 import typer
 
-from loramux.cli import batch, bench, config, demo, fetch, generate, methods, tenants, train
+from loramux.cli import (
+    batch,
+    bench,
+    compare,
+    compose,
+    config,
+    demo,
+    fetch,
+    generate,
+    lower,
+    methods,
+    report,
+    tenants,
+    train,
+)
 from loramux.cli import eval as eval_
 from loramux.errors import LoramuxError
 
 DEBUG_ENV = "LORAMUX_DEBUG"
 # Options that take several values at once, and what such a value looks like.
-MANY = {"--data": re.compile(r"[^-]"), "--set": re.compile(r"[\w.-]+=")}
+MANY = {
+    "--data": re.compile(r"[^-]"),
+    "--set": re.compile(r"[\w.-]+="),
+    "--only": re.compile(r"[^-]"),
+    "--weights": re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?$"),
+}
 
 app = typer.Typer(
     name="loramux",
@@ -36,8 +55,12 @@ app.command("train")(train.train)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
+app.command("compose")(compose.compose)
+app.command("lower")(lower.lower)
 app.command("methods")(methods.methods)
+app.command("report")(report.report)
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("tenants")(tenants.tenants)
 app.add_typer(config.app, name="config")
@@ -95,8 +118,8 @@ def spread(argv: Sequence[str]) -> list[str]:
     out: list[str] = []
     many: str | None = None
     for arg in argv:
-        if many is not None and out[-1] != many and MANY[many].match(arg):
-            out += [many, arg]
+        if many is not None and MANY[many].match(arg):
+            out += [arg] if out[-1] == many else [many, arg]
             continue
         out.append(arg)
         if arg.startswith("-") or many is None or out[-2] != many:

@@ -151,7 +151,9 @@ def scoring(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def inputs_of(batch: Mapping[str, Tensor], device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_of(
+    batch: Mapping[str, Tensor], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
     """(arguments of the model call, labels) on the model's device."""
     if "segment_ids" in batch:
         raise ValueError("scores need one example per row; collate the batch without packing")
@@ -262,7 +264,9 @@ class _Ablation:
         self._is_tuple = isinstance(output, tuple)
 
     @contextmanager
-    def _skipping(self, layer: int, prefix: Sequence[Tensor], units: Sequence[Unit]) -> Iterator[None]:
+    def _skipping(
+        self, layer: int, prefix: Sequence[Tensor], units: Sequence[Unit]
+    ) -> Iterator[None]:
         """Layers below `layer` return what enters it, one copy per unit."""
         if layer == 0:
             yield

@@ -35,6 +35,7 @@ class Adapter(nn.Module):
         self.sites = dict(sites)
         self.experts = experts
         self.mask: tuple[bool, ...] | None = None
+        self.is_controlled = False  # a training loop drives its method's controller
         self.saved_configs: dict[
             str, Mapping[str, Any]
         ] = {}  # adapter_config.json of experts read from disk
@@ -45,7 +46,9 @@ class Adapter(nn.Module):
         self.routers: dict[str, Router] = dict(routers)
         # These read the last hidden state of the bare base, which runs first: see core/prepass.py.
         self.hidden_routers = tuple((p, r) for p, r in self.routers.items() if r.reads == "hidden")
-        self._token_paths: set[str | None] = {p for p, r in self.hooked_routers() if r.when == "token"}
+        self._token_paths: set[str | None] = {
+            p for p, r in self.hooked_routers() if r.when == "token"
+        }
         self._site_paths = {p for p, _ in self.hooked_routers() if p in self.sites}
         beneath = {path: site.layer for site in self.sites.values() for path in _above(site)}
         self._layers = beneath

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loramux.core import checkpointing
+from loramux.core import checkpointing, prepass
 from loramux.core.adapter import Adapter
 from loramux.core.batch import supervised_share
 from loramux.core.dispatch import Dispatch, call_by_name
 from loramux.core.guards import check_bare, check_name
+from loramux.core.head import hook_head
 from loramux.core.linear import LoraLinear
 from loramux.core.state import PromptStore
 from loramux.core.types import RouteRecord, Site
@@ -208,6 +209,7 @@ class Attachment(ABC):
                 module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
+        self._hooks += hook_head(self.model)
         for name, wrap in (("generate", self._generate), ("save_pretrained", self._save)):
             original = getattr(self.model, name, None)
             if original is not None:
@@ -228,6 +230,7 @@ class Attachment(ABC):
         dispatch.open(call, self.model.training)
         if self.model.training:
             checkpointing.follow(self.model, dispatch)
+        prepass.run(self.model, dispatch, call)
         if masks:
             return args, {key: value for key, value in kwargs.items() if key not in masks}
         return None
@@ -241,7 +244,10 @@ class Attachment(ABC):
         if dispatch.entered:
             return None
         state = dispatch.state
-        dispatch.close(_cache_of(output))
+        cache = prepass.cache_of(output)
+        dispatch.close(cache)
+        if state is not None and state.twin is not None and cache is not None:
+            prepass.join(cache, state.twin)
         if state is None or not state.training or output is None:
             return None
         state.tell_routers()
@@ -374,13 +380,6 @@ class Attachment(ABC):
 def _key(name: str) -> str:
     """Key of an adapter in the module tree: no dots, and nothing a module already has."""
     return "adapter:" + name.replace(".", "/")
-
-
-def _cache_of(output: Any) -> Any:
-    """The KV cache a model returned, from a named or a plain tuple."""
-    if isinstance(output, tuple):
-        return next((entry for entry in output if hasattr(entry, "get_seq_length")), None)
-    return getattr(output, "past_key_values", None)
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:

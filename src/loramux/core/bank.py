@@ -99,11 +99,11 @@ class Rows(nn.Module):
         """Plain rows that act the same, for kernels and files. One object that follows the parameters."""
         if self.is_plain:
             return self
-        # Keyed by identity and version: an optimizer writes in place.
-        key = tuple(
-            (id(p), p.data_ptr(), p._version) for p in [*self.parameters(), *self.buffers()]
-        )
-        if self._folded is None or self._folded[0] != key:
+        own = [*self.parameters(), *self.buffers()]
+        key = tuple((id(p), p.data_ptr(), p._version) for p in own)
+        # Rows under training are folded anew each time: fused optimizers write in place without a new version.
+        is_trained = any(p.requires_grad for p in own)
+        if self._folded is None or self._folded[0] != key or is_trained:
             a = self._gated()
             a = a.repeat(self.tied, 1) if self.tied else a
             old = None if self._folded is None else self._folded[1]
@@ -127,6 +127,10 @@ class Rows(nn.Module):
         Returns the gather index over all rank rows of the site (-1 = fresh): pass it to `gather_moments` so that the
         optimizer's state follows. Slots behind this one move; the function computed changes only as `index` says.
         """
+        if self.tied:
+            raise ValueError(
+                f"{self.tied} experts share the A of these rows, so none has ranks of its own to edit"
+            )
         start, rank = self.spans.start[slot], self.spans.rank[slot]
         bad = [i for i in index if not -1 <= i < rank]
         if bad:
@@ -149,8 +153,8 @@ class Rows(nn.Module):
 
 def gather_rows(rows: Tensor, take: Tensor) -> Tensor:
     """rows[take], with zeros where `take` is -1."""
-    out = rows[take.clamp_min(0)]
-    out[take < 0] = 0
+    out = rows.new_zeros(len(take), *rows.shape[1:])
+    out[take >= 0] = rows[take[take >= 0]]
     return out
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,11 @@ class Controller:
     Both hooks run in training mode without any guard: use `torch.no_grad()`, put back the mode you change. Draw
     from `moment.generator` only; torch's global generators are put back afterwards, so drawing from them changes
     nothing that is trained.
+
+    needs_loop: whether the method misses something in a training loop that does not call the hooks.
     """
+
+    needs_loop: ClassVar[bool] = True
 
     def before_training(self, moment: Moment) -> Sequence[Edit]:
         """Once, before the first step of a run (not again when it is resumed)."""

@@ -250,7 +250,7 @@ class Dispatch(Planner):
         """Run one router on the tokens of its adapter, keep and return its route."""
         name = member.adapter.name
         prompt_n = member.own(state.batch.prompt_N)
-        if router.when == "prompt":
+        if router.when == "prompt" and router.needs_prompt:
             self._check_prompts(member, prompt_n, state.batch)
         layer = member.adapter.layer_of(path)
 

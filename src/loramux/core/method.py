@@ -19,6 +19,7 @@ from loramux.core.types import Expert, RouteRecord, Servability, Site
 from loramux.core.values import check_positive, check_regex, check_share, check_whole
 
 if TYPE_CHECKING:
+    from loramux.core.attach import Attachment
     from loramux.core.controller import Controller
 
 
@@ -146,6 +147,18 @@ def _all_of(values: Any, kind: type) -> bool:
     return isinstance(values, tuple) and all(isinstance(value, kind) for value in values)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a method wants trained first: the adapter, for how many steps (None: as the job), scored on how many rows.
+
+    The method's config takes what comes out as the name of a file, in its field `setting`.
+    """
+
+    config: MethodConfig
+    steps: int | None
+    rows: int
+
+
 class Method:
     """One paper. Subclasses override what differs from a plain LoRA."""
 
@@ -161,6 +174,7 @@ class Method:
     default_learning_rate: ClassVar[float] = 1e-4
     needs_adapters: ClassVar[bool] = False
     trains_rows: ClassVar[bool] = True
+    learns: ClassVar[bool] = True  # False: there is nothing to train, it is ready once attached
     # On disk: a PEFT folder per expert, or one that holds all ranks, for experts that are single ranks.
     folder_layout: ClassVar[Literal["experts", "one"]] = "experts"
 
@@ -174,6 +188,18 @@ class Method:
     def usual_sites(self, sites: Sequence[Site]) -> list[Site]:
         """Those of the model's linears that are meant where the config names no target_modules."""
         return list(sites)
+
+    def kept_sites(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of the targeted linears that get rows."""
+        return list(sites)
+
+    def probe(self) -> Probe | None:
+        """An adapter to train and score before this one, where a run is to find out what this one is made of."""
+        return None
+
+    def score_probe(self, handle: Attachment, batches: Sequence[Mapping[str, Tensor]]) -> Any:
+        """The `setting` that a trained probe leads to, as plain JSON values."""
+        raise NotImplementedError(f"{self.name} has no probe")
 
     def start_rows(self, site: Site, rows: Rows) -> None:
         """Change fresh rows in place, where a paper starts A otherwise than PEFT."""
@@ -204,6 +230,9 @@ class Method:
     def governor_of(self, site: Site) -> str | None:
         """Path of a router that governs this site though it need not lie above it; None: the nearest one above."""
         return None
+
+    def check_task(self, task: str | None) -> None:
+        """Refuse a request that names this task (None: names none), where the routing goes by tasks."""
 
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """Named auxiliary losses of one forward pass, coefficients applied."""

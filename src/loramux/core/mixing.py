@@ -1,7 +1,7 @@
 """Ready parts for mixtures with a gate at every linear: the gate, the config and method around it, balance losses.
 
-Why here: MoLA, LoRAMoE, HydraLoRA and MoLoRA differ in which linears they target, how many experts a linear has, whether
-these share A, and which loss spreads the load. The forward is one:
+Why here: MoLA, LoRAMoE, HydraLoRA and MoLoRA differ in which linears they target, how many experts a linear has,
+whether these share A, and which loss spreads the load. The forward is one:
 
     p = softmax(G x)                     in fp32, G [E, I], x the linear's own input
     w = p, or its k largest, renormalised
@@ -178,9 +178,7 @@ def selection_balance(gates_NE: Tensor, probs_NE: Tensor, valid_N: Tensor) -> Te
     return probs_NE.shape[1] * (share_E * mean_over(probs_NE, valid_N)).sum()
 
 
-def importance(
-    gates_NE: Tensor, request_N: Tensor, valid_N: Tensor
-) -> tuple[Tensor, Tensor]:
+def importance(gates_NE: Tensor, request_N: Tensor, valid_N: Tensor) -> tuple[Tensor, Tensor]:
     """(sum of each request's gates over its real tokens [Q, E], the requests themselves [Q])."""
     own_Q, index_n = torch.unique(request_N[valid_N], return_inverse=True)
     return segment_sum(gates_NE[valid_N], index_n, own_Q.shape[0]), own_Q

@@ -125,6 +125,8 @@ class Planner:
         dropout = adapter.method.config.lora_dropout if state.training else 0.0
         unit = adapter.method.unit_of(site)
         mask_QR = self.rank_masks.get((adapter.name, site.path))
+        if mask_QR is not None and not bool(mask_QR.any()):
+            return None
         if rows.magnitude is None and unit is None and (dense or mask_QR is not None):
             weights = lower_dense(site, member, route, layout, mask_QR)
             if weights is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -47,6 +48,9 @@ class Router(nn.Module):
     scope: ClassVar[Literal["layer", "block", "site"]]
     when: When = "token"
     reads: ClassVar[Literal["x", "t", "hidden"]] = "x"
+    needs_prompt: ClassVar[bool] = (
+        True  # of `prompt` routers: one that looks at tasks needs no token
+    )
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
         raise NotImplementedError("a router must define forward(view, incoming)")
@@ -56,7 +60,7 @@ class Router(nn.Module):
         return None
 
     def observed(self, record: RouteRecord) -> None:
-        """Told once at the end of every forward pass of training what it recorded there; not when a layer runs again."""
+        """Told once, at the end of a forward pass of training, what it recorded there; not when a layer runs again."""
 
 
 class Recorder:
@@ -94,6 +98,18 @@ def segment_sum(value_ND: Tensor, segment_N: Tensor, num_segments: int) -> Tenso
 def top_k_stable(score_NE: Tensor, k: int) -> Tensor:
     """Indices [N, k] of the largest scores, best first; ties go to the lower index."""
     return torch.sort(score_NE, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def top_k_mask(score_NE: Tensor, k: int) -> Tensor:
+    """True [N, E] at the k largest scores of every row; ties go to the lower index."""
+    if score_NE.device.type == "cpu" and score_NE.dtype in (torch.float32, torch.float64):
+        # numpy's sort is twenty times as quick as torch's stable one at 1024 x 64, and only ties need the latter.
+        sorted_NE = np.sort(score_NE.detach().numpy(), axis=-1)
+        mask_NE = score_NE >= torch.from_numpy(sorted_NE[:, -k, None])
+        if int(mask_NE.sum()) == k * score_NE.shape[0]:
+            return mask_NE
+    mask_NE = torch.zeros_like(score_NE, dtype=torch.bool)
+    return mask_NE.scatter(1, top_k_stable(score_NE.detach(), k), True)
 
 
 def mean_over(value_NE: Tensor, valid_N: Tensor) -> Tensor:

@@ -25,10 +25,10 @@ class RowGate(nn.Module):
 
         Here: the same scores in another order, 0 for fresh rows, buffers as they are.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, parameter in self.named_parameters():
-            moved = parameter.detach()[take_S.clamp_min(0)]
-            moved[take_S < 0] = 0
+            moved = parameter.new_zeros(len(take_S), *parameter.shape[1:])
+            moved[take_S >= 0] = parameter.detach()[take_S[take_S >= 0]]
             found[name] = moved
         return found
 

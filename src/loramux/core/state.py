@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -42,6 +43,7 @@ class State:
     store: PromptStore
     prompt_done: bool
     tasks: tuple[str | None, ...] | None = None
+    twin: Any = None  # the bare base's cache, until the call returns the one it belongs to
     recorder: Recorder = field(default_factory=Recorder)
     routes: dict[tuple[str, str], Route] = field(default_factory=dict)
     layouts: dict[str, RowLayout | None] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """Logits of the supervised positions only, from an unmodified causal language model.
 
-Why a hook and not `model(labels=...)`: with a short answer behind a long prompt nearly all rows of the logits are thrown
+Why a hook, not `model(labels=...)`: with a short answer behind a long prompt nearly all rows of the logits are thrown
 away. The output head sees the supervised rows only, so whatever the model does to its logits still happens.
 
 Letters: B rows, T tokens per row, S supervised positions, V vocabulary.

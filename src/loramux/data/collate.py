@@ -9,13 +9,10 @@ Letters: B rows, T width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from loramux.data.example import Example
 from loramux.data.packing import collate_packed, first_fit
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def collate(
@@ -24,11 +21,11 @@ def collate(
     *,
     packing: bool = False,
     max_len: int | None = None,
-) -> dict[str, Tensor]:
-    """input_ids, attention_mask, labels (-100 where not supervised) and prompt_mask, all [B, T].
+) -> dict[str, Any]:
+    """input_ids, attention_mask, labels (-100 where not supervised) and prompt_mask, all [B, T], and each row's task.
 
     With `packing`, examples share rows of at most `max_len` tokens (default: the longest example) and the result
-    also holds position_ids and segment_ids; its attention_mask is bool [B, 1, T, T].
+    also holds position_ids and segment_ids; its attention_mask is bool [B, 1, T, T]; tasks has an entry per segment.
     """
     if not examples:
         raise ValueError("cannot collate an empty batch")
@@ -39,7 +36,7 @@ def collate(
     return _collate_padded(examples, pad_token_id)
 
 
-def _collate_padded(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def _collate_padded(examples: Sequence[Example], pad_token_id: int) -> dict[str, Any]:
     import torch
 
     shape = (len(examples), max(map(len, examples)))
@@ -54,4 +51,10 @@ def _collate_padded(examples: Sequence[Example], pad_token_id: int) -> dict[str,
         seen[b, :n] = 1
         labels[b, :n] = torch.where(torch.tensor(example.loss_mask), tokens, -100)
         prompts[b, :n] = torch.tensor(example.prompt_mask)
-    return {"input_ids": ids, "attention_mask": seen, "labels": labels, "prompt_mask": prompts}
+    return {
+        "input_ids": ids,
+        "attention_mask": seen,
+        "labels": labels,
+        "prompt_mask": prompts,
+        "tasks": tuple(example.task for example in examples),
+    }

@@ -10,7 +10,7 @@ Letters: B rows, T width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loramux.data.example import Example
 from loramux.errors import DataError
@@ -44,7 +44,7 @@ def first_fit(lengths: Sequence[int], max_len: int) -> list[list[int]]:
     return rows
 
 
-def collate_packed(rows: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Tensor]:
+def collate_packed(rows: Sequence[Sequence[Example]], pad_token_id: int) -> dict[str, Any]:
     """One row per list of examples; see the package docstring for the keys.
 
     `segment_ids` count from 0 in each row, -1 on padding. A padding position sees itself only: a query that
@@ -77,7 +77,18 @@ def collate_packed(rows: Sequence[Sequence[Example]], pad_token_id: int) -> dict
         "prompt_mask": prompts,
         "position_ids": positions,
         "segment_ids": segments,
+        "tasks": _tasks(rows),
     }
+
+
+def _tasks(rows: Sequence[Sequence[Example]]) -> tuple[str | None, ...]:
+    """Row after row, every row with as many entries as the fullest has segments: None where it has fewer."""
+    most = max(map(len, rows))
+    return tuple(
+        row[segment].task if segment < len(row) else None
+        for row in rows
+        for segment in range(most)
+    )
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from loramux.engine.answers import Answers
 from loramux.engine.blocks import BlockPool
 from loramux.engine.keys import PrefixKey
 from loramux.engine.leases import Lease
-from loramux.engine.mixes import check_mix, why_no_mix
+from loramux.engine.mixes import check_mix, why_no_mix, why_no_task
 from loramux.engine.outputs import Output
 from loramux.engine.parts import Parts, build_parts
 from loramux.engine.request import (
@@ -277,6 +277,7 @@ class Engine(Answers):
         if lease is None:
             return CROWDED
         problem = why_no_mix([(part.content, part.weight) for part in lease.parts])
+        problem = problem or why_no_task((p.content for p in lease.parts), sequence.request.task)
         if problem:
             self.store.release(lease)
             return refused(problem)

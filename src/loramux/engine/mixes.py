@@ -1,7 +1,8 @@
-"""Which adapters can answer one request together."""
+"""Which adapters can answer one request together, and under its task."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -29,3 +30,13 @@ def why_no_mix(parts: Many[tuple[Any, float]]) -> str | None:
         f"{dynamic[0].method.title} decides for every token how its experts are weighed, so it answers alone and with "
         "weight 1; mix plain or prompt-routed adapters"
     )
+
+
+def why_no_task(contents: Iterable[Any], task: str | None) -> str | None:
+    """Why these contents cannot answer a request of this task; None if they can."""
+    try:
+        for content in contents:
+            content.method.check_task(task)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -64,4 +64,5 @@ def encode_choices(row: TaskRow, tokenizer: Any, template: Template = "task") ->
         prompt=tuple(encode_question(row, tokenizer, template)),
         choices=tuple(tuple(encode_answer(tokenizer, text)) for text in texts),
         num_bytes=tuple(len(text.encode()) for text in texts),
+        task=row.task,
     )

@@ -24,12 +24,13 @@ def generate(
     batch_size: int = 16,
     threads: int | None = None,
     dtype: str | None = None,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Load a base (and an adapter) and continue every prompt; greedy unless a temperature is given.
 
     Returns {"results": [{"prompt", "text", "tokens"}], "base", "adapter", "seconds"}; `tokens` are the
     ids of the continuation without its end token. The prompt is taken as it is unless `chat` or a
-    template (`task`: "Question: ...\\nAnswer:") is asked for.
+    template (`task`: "Question: ...\\nAnswer:") is asked for. `task` names the task to adapters that go by tasks.
     """
     from loramux.errors import LoramuxError
     from loramux.eval.loading import load_model
@@ -50,6 +51,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
+        task=task,
     )
     return {
         "results": results,
@@ -71,6 +73,7 @@ def generate_model(
     seed: int = 0,
     batch_size: int = 16,
     first_line_only: bool = False,
+    task: str | None = None,
 ) -> list[dict[str, Any]]:
     """The results of `generate` for a model that is already there, in the order of the prompts."""
     from loramux.eval.encode import encode_text
@@ -91,6 +94,7 @@ def generate_model(
             part,
             max_new_tokens=max_tokens,
             first_line_only=first_line_only,
+            tasks=None if task is None else [task] * len(part),
             **options,
         )
         for prompt, tokens in zip(prompts[at : at + batch_size], made, strict=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -34,15 +35,18 @@ def greedy(
     *,
     max_new_tokens: int,
     first_line_only: bool = False,
+    tasks: Sequence[str | None] | None = None,
     **options: Any,
 ) -> list[list[int]]:
     """New token ids for every prompt of one left-padded batch, cut before the end token.
 
-    `first_line_only` lets a row stop as soon as its first line is complete. `options` go to
-    `model.generate`; without them the continuation is greedy.
+    `first_line_only` lets a row stop as soon as its first line is complete. `tasks`, one per prompt, reach routers
+    that go by tasks. `options` go to `model.generate`; without them the continuation is greedy.
     """
     import torch
     from transformers import StoppingCriteriaList
+
+    from loramux.core.attach import handle_of
 
     width = max(map(len, prompts))
     pad = pad_token(tokenizer)
@@ -55,7 +59,9 @@ def greedy(
         [_first_line_complete(tokenizer, width)] if first_line_only else []
     )
     options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options
-    with torch.inference_mode():
+    handle = handle_of(model)
+    known = nullcontext() if handle is None or tasks is None else handle.batch(tasks=tasks)
+    with torch.inference_mode(), known:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,

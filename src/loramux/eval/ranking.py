@@ -32,11 +32,15 @@ TREE_MODEL_TYPES = frozenset(
 
 @dataclass(frozen=True)
 class ChoiceRow:
-    """A question and its choices as token ids; `num_bytes` counts the text of each choice."""
+    """A question and its choices as token ids; `num_bytes` counts the text of each choice.
+
+    task: what a router that goes by tasks is told; None where it is not known.
+    """
 
     prompt: tuple[int, ...]
     choices: tuple[tuple[int, ...], ...]
     num_bytes: tuple[int, ...]
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt or not self.choices or not all(self.choices):
@@ -133,6 +137,7 @@ class _Batch:
     targets: list[int]
     owners: list[tuple[int, int]]
     num_choices: list[int]
+    tasks: list[str | None]
 
 
 def _tree_batch(model: Any, rows: Sequence[ChoiceRow], pad_token_id: int) -> _Batch:
@@ -149,7 +154,8 @@ def _tree_batch(model: Any, rows: Sequence[ChoiceRow], pad_token_id: int) -> _Ba
     prompt_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
     # Every position sees itself, padding too: a row of the mask without a single entry gives NaN.
     see_BTT = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)
-    batch = _Batch({}, prompt_BT, [], [], [], [len(row.choices) for row in rows])
+    tasks = [row.task for row in rows]
+    batch = _Batch({}, prompt_BT, [], [], [], [len(row.choices) for row in rows], tasks)
     for b, row in enumerate(rows):
         n = len(row.prompt)
         begin = start - n
@@ -191,7 +197,8 @@ def _rows_batch(model: Any, rows: Sequence[ChoiceRow], pad_token_id: int) -> _Ba
     ids_BT = torch.full((len(flat), width), pad_token_id, dtype=torch.long)
     seen_BT = torch.zeros_like(ids_BT)
     prompt_BT = torch.zeros(ids_BT.shape, dtype=torch.bool)
-    batch = _Batch({}, prompt_BT, [], [], [], [len(row.choices) for row in rows])
+    tasks = [rows[b].task for b, *_ in flat]
+    batch = _Batch({}, prompt_BT, [], [], [], [len(row.choices) for row in rows], tasks)
     for i, (b, c, prompt, choice) in enumerate(flat):
         n, tokens = len(prompt), prompt + choice[:-1]
         ids_BT[i, : len(tokens)] = torch.tensor(tokens)
@@ -214,9 +221,10 @@ def _score(model: Any, batch: _Batch) -> list[tuple[list[float], list[bool]]]:
     # One list of columns for the batch: not every transformers version takes one per row.
     columns_U, kept = where[:, 1].unique(return_inverse=True)
     device = model.device
-    inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+    inputs: dict[str, Any] = {name: t.to(device) for name, t in batch.inputs.items()}
     if handle_of(model) is not None:
         inputs["prompt_mask"] = batch.prompt_mask.to(device)
+        inputs["tasks"] = batch.tasks
     logits_BUV = model(**inputs, use_cache=False, logits_to_keep=columns_U.to(device)).logits
     # Choices share the prediction after the question, so every distinct place is normalised once.
     pairs = torch.stack((where[:, 0], kept), 1)

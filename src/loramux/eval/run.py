@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 METRICS = (*RANKING_METRICS, "exact_match", "bleu")
 NEW_TOKENS = {"exact_match": 24, "bleu": 64}
 Result = dict[str, Any]
+# Value, standard error, and the score of every row in the rows' order where rows have scores of their own.
+Score = tuple[float, float | None, list[float] | None]
 
 
 def evaluate(
@@ -40,9 +43,11 @@ def evaluate(
     progress: bool = True,
     threads: int | None = None,
     dtype: str | None = None,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Load a base (and an adapter) and score it on the first `rows` rows of every task file.
 
+    Adapters that weigh their experts by the task are told each row's own, or `task` for all.
     Returns {"results": [{"task", "metric", "value", "stderr", "rows"}], "base", "adapter", "seconds"}.
     """
     from loramux.eval.loading import load_model
@@ -51,6 +56,8 @@ def evaluate(
     # Read the data before the model: a wrong path should not cost a model load.
     tasks = read_tasks(data, rows)
     check_metrics(tasks, metrics)
+    if task is not None:
+        tasks = {name: [replace(row, task=task) for row in own] for name, own in tasks.items()}
     loaded = load_model(base, adapter, dtype=dtype, threads=threads)
     results = evaluate_model(
         loaded.model,
@@ -95,10 +102,12 @@ def evaluate_model(
     batch_size: int = 16,
     progress: bool = True,
     title: str = "Evaluating",
+    per_row: bool = False,
 ) -> list[Result]:
     """The results of `evaluate` for a model that is already there.
 
-    The model is put into eval mode and back. Of an attached model, the adapter in use is measured.
+    The model is put into eval mode and back. Of an attached model, the adapter in use is measured. per_row: each
+    result also has "row_scores", 1.0 or 0.0 for every row in the given order; None for BLEU, no mean over rows.
     """
     template = "task" if template is None else template
     wanted = check_metrics(rows_by_task, metrics)
@@ -110,16 +119,15 @@ def evaluate_model(
         for task, rows in rows_by_task.items():
             measure = _rank if rows[0].choices else _generate
             scores = measure(model, tokenizer, rows, template, wanted[task], batch_size, step(task))
-            for metric, (value, stderr) in scores.items():
-                results.append(
-                    {
-                        "task": task,
-                        "metric": metric,
-                        "value": value,
-                        "stderr": stderr,
-                        "rows": len(rows),
-                    }
-                )
+            for metric, (value, stderr, row_scores) in scores.items():
+                result = {
+                    "task": task,
+                    "metric": metric,
+                    "value": value,
+                    "stderr": stderr,
+                    "rows": len(rows),
+                }
+                results.append(result | ({"row_scores": row_scores} if per_row else {}))
     return results
 
 
@@ -175,7 +183,7 @@ def _rank(
     metrics: Sequence[str],
     batch_size: int,
     advance: Advance,
-) -> dict[str, tuple[float, float | None]]:
+) -> dict[str, Score]:
     from loramux.eval.encode import encode_choices
     from loramux.eval.generation import pad_token
     from loramux.eval.ranking import choice_scores
@@ -183,15 +191,15 @@ def _rank(
     coded = [encode_choices(row, tokenizer, template) for row in rows]
     check_length(model, {row.id: c.max_position for row, c in zip(rows, coded, strict=True)})
     pad = pad_token(tokenizer)
-    hits: dict[str, list[float]] = {metric: [] for metric in metrics}
+    hits: dict[str, list[float]] = {metric: [0.0] * len(rows) for metric in metrics}
     for part in _batches([row.num_tokens for row in coded], batch_size):
         scored = choice_scores(model, [coded[i] for i in part], pad_token_id=pad)
         for i, scores in zip(part, scored, strict=True):
             right = (rows[i].choices or ()).index(rows[i].answer)
             for metric in metrics:
-                hits[metric].append(float(scores.best(metric) == right))
+                hits[metric][i] = float(scores.best(metric) == right)
         advance(len(part))
-    return {metric: mean_and_error(values) for metric, values in hits.items()}
+    return {metric: (*mean_and_error(values), values) for metric, values in hits.items()}
 
 
 def _generate(
@@ -202,18 +210,18 @@ def _generate(
     metrics: Sequence[str],
     batch_size: int,
     advance: Advance,
-) -> dict[str, tuple[float, float | None]]:
+) -> dict[str, Score]:
     from loramux.eval.generation import bleu, first_line, matches
 
     texts = answers(model, tokenizer, rows, template, metrics, batch_size, advance)
-    scores: dict[str, tuple[float, float | None]] = {}
+    scores: dict[str, Score] = {}
     for metric in metrics:
         if metric == "bleu":
             lines = [first_line(text) for text in texts]
-            scores[metric] = bleu(lines, [row.references for row in rows])
+            scores[metric] = (*bleu(lines, [row.references for row in rows]), None)
         else:
             right = [float(matches(t, row.answer)) for t, row in zip(texts, rows, strict=True)]
-            scores[metric] = mean_and_error(right)
+            scores[metric] = (*mean_and_error(right), right)
     return scores
 
 
@@ -244,6 +252,7 @@ def answers(
             [prompts[i] for i in part],
             max_new_tokens=new_tokens,
             first_line_only=True,
+            tasks=[rows[i].task for i in part],
         )
         for i, tokens in zip(part, made, strict=True):
             texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)

@@ -8,8 +8,12 @@ For a unit with experts E_i(x) = s_i B_i^T A_i x (the increments, not whole bloc
     G   = softmax(eps / tau)                   tau = exp(log_tau), starts at 1
     y   = W0 x + sum_i G_i E_i(x)
 
+Units with several linears compute G at their first one and reuse it: "additive" execution, the increments added up
+linear by linear. Gates over whole-block outputs, every expert running its own attention, would need a KV cache per
+expert; so would the paper's variant for images, which is not here.
+
 The N d_o vector is never built: with t = A x, concat @ e = sum_i t_i (s_i B_i e_i), and mean and variance are a
-linear and a quadratic form in t. Units with several linears compute G at their first one and reuse it ("additive").
+linear and a quadratic form in t.
 
 Letters: N tokens, Q requests, R rank rows of the site, O output width, E experts.
 """
@@ -17,56 +21,63 @@ Letters: N tokens, Q requests, R rank rows of the site, O output width, E expert
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from loramux.core.bank import Rows
-from loramux.core.method import Method, MethodConfig
+from loramux.core.frozen import FrozenConfig
+from loramux.core.method import Method
 from loramux.core.router import Router, RouteView, mean_over, segment_softmax, segment_sum
 from loramux.core.types import Route, RouteRecord, Servability, Site, When
 from loramux.core.values import check_not_negative
 from loramux.ops import gates
 
 NORM_EPS = 1e-5
-NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 BALANCE_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoLEConfig(MethodConfig):
-    """adapters: folders of trained LoRAs (PEFT layout), in gate order. Their own ranks, scales and targets hold.
+class MoLEConfig(FrozenConfig):
+    """granularity: "matrix" a gate per linear; "layer" per attention and per FFN of a layer; "block" per decoder layer;
+    "network" one gate. execution: how a unit of several linears is mixed; see the module's docstring.
 
-    granularity: "matrix" a gate per linear; "layer" per attention and per FFN of a layer; "block" per decoder layer;
-    "network" one gate. pool: "token" a weight vector per token (ours: causal, works with a KV cache);
-    "prompt_mean" one per request from its prompt, fixed afterwards. router_aux_loss_coef is the paper's alpha.
+    pool: "token" a weight vector per token (ours: causal, works with a KV cache); "prompt_mean" one per request from
+    its prompt, fixed afterwards; "mean" the paper's nearest: the same in generation, but in training and scoring the
+    mean runs over the answer too. router_aux_loss_coef is the paper's alpha.
+    masked_input: what a gate reads of experts that `mask_experts` leaves out: "exact" their increments, "fast" zeros.
+    weight_sum: "N" multiplies the weights by their number, so that every expert may act in full; not the paper's.
     """
 
     method = "mole"
 
-    adapters: tuple[str, ...] = ()
     granularity: Literal["matrix", "layer", "block", "network"] = "layer"
-    pool: Literal["token", "prompt_mean"] = "token"
+    execution: Literal["additive"] = "additive"
+    pool: Literal["token", "mean", "prompt_mean"] = "token"
     router_aux_loss_coef: float = 0.5
     share_tau: bool = False
+    masked_input: Literal["exact", "fast"] = "exact"
+    weight_sum: Literal["1", "N"] = "1"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.adapters, list):
-            object.__setattr__(self, "adapters", tuple(self.adapters))
-        if not isinstance(self.adapters, tuple) or not all(
-            isinstance(folder, str) for folder in self.adapters
-        ):
-            raise ValueError(f"adapters must be a list of folders, got {self.adapters!r}")
-        check_not_negative("router_aux_loss_coef", self.router_aux_loss_coef)
-        if self.lora_dropout or self.use_dora:
+        if str(self.execution) == "parallel":
             raise ValueError(
-                "MoLE trains gates over frozen adapters: lora_dropout and use_dora do not apply"
+                "execution='parallel' gates whole-block outputs, so every expert would run its own attention with a KV "
+                "cache of its own; it is not provided, use execution='additive'"
+            )
+        if str(self.pool) == "flatten":
+            raise ValueError(
+                "pool='flatten' has parameters for one fixed sequence length, which text does not have; use 'token', "
+                "'prompt_mean' or 'mean'"
+            )
+        super().__post_init__()
+        check_not_negative("router_aux_loss_coef", self.router_aux_loss_coef)
+        if self.lora_dropout:
+            raise ValueError(
+                "MoLE trains gates over frozen adapters, which run as they were trained: lora_dropout does not apply"
             )
 
 
@@ -76,11 +87,14 @@ class LateGate(Router):
     scope: ClassVar[Literal["layer", "block", "site"]] = "site"
     reads: ClassVar[Literal["x", "t"]] = "t"
 
-    def __init__(self, num_experts: int, d_out: int, pool: str, names: Sequence[str]):
+    def __init__(self, config: MoLEConfig, d_out: int):
         super().__init__()
-        self.when: When = "token" if pool == "token" else "prompt"
-        self.num_experts = num_experts
-        self.names = tuple(names)
+        self.names = config.names
+        self.when: When = "token" if config.pool == "token" else "prompt"
+        self.pools_answers = config.pool == "mean"
+        self.skips_masked = config.masked_input == "fast"
+        num_experts = self.num_experts = len(self.names)
+        self.factor = num_experts if config.weight_sum == "N" else 1
         self.weight = nn.Parameter(torch.zeros(num_experts, d_out, num_experts))  # e, by expert
         self.log_tau = nn.Parameter(torch.zeros(()))
         self._gram: tuple[object, Tensor, Tensor] | None = None
@@ -97,10 +111,14 @@ class LateGate(Router):
     def forward(self, view: RouteView, incoming: Route) -> Route:
         wide = torch.float64 if view.x_ND.dtype == torch.float64 else torch.float32
         t_NR = view.x_ND.to(wide)
+        if view.mask_E is not None and self.skips_masked:
+            slot_R = self._rows[0].spans.row_slot_R.to(t_NR.device)
+            t_NR = t_NR * view.mask_E[slot_R]
         eps_NE = self._logits(t_NR)
         if self.when == "prompt":
+            pooled_N = view.valid_N if self.pools_answers else view.prompt_N
             ones_N = torch.zeros_like(eps_NE[:, 0])
-            share_N = segment_softmax(ones_N, view.request_N, view.prompt_N, view.num_requests)
+            share_N = segment_softmax(ones_N, view.request_N, pooled_N, view.num_requests)
             eps_NE = segment_sum(share_N.unsqueeze(1) * eps_NE, view.request_N, view.num_requests)
         scaled_NE = eps_NE / self.log_tau.to(wide).exp()
         p_NE = scaled_NE.softmax(-1)
@@ -112,7 +130,8 @@ class LateGate(Router):
             valid = torch.zeros(view.num_requests, dtype=torch.bool, device=eps_NE.device)
             valid[view.request_N[view.prompt_N]] = True
         view.record(columns=self.names, weight=gate_NE, probs=p_NE, logits=eps_NE, valid=valid)
-        return Route(weight=gate_NE, per_request=self.when == "prompt")
+        weight_NE = gate_NE if self.factor == 1 else self.factor * gate_NE
+        return Route(weight=weight_NE, per_request=self.when == "prompt")
 
     def _logits(self, t_NR: Tensor) -> Tensor:
         """LayerNorm(concat of increments) @ e from t alone. Variance in wide precision, clamped at 0."""
@@ -131,8 +150,11 @@ class LateGate(Router):
         return (t_NR @ be_RE - mean_N1 * total_E) * torch.rsqrt(var_N1 + NORM_EPS)
 
     def lowered(self) -> gates.LateGate | None:
-        """None for gates that pool the prompt. A mask of experts belongs to the adapter: add it with `replace`."""
-        if self.when != "token":
+        """None for gates that pool the prompt, and for options the kernel does not know.
+
+        A mask of experts belongs to the adapter: add it with `replace`.
+        """
+        if self.when != "token" or self.factor != 1 or self.skips_masked:
             return None
         with torch.no_grad():
             rows, e_EOE = self._rows[0], self.weight.float()
@@ -183,30 +205,23 @@ class MoLEMethod(Method):
     def __init__(self, config: MoLEConfig):
         super().__init__(config)
         self._units: dict[str, str] = {}
-        if config.pool == "prompt_mean":
+        if config.pool != "token":
             self.servability = "per_request"  # gates are fixed once the prompt is read
 
     def routers(self, sites: Sequence[Site]) -> dict[str, Router]:
-        names = self.names
         firsts: dict[str, Site] = {}
         self._units = {}
         for site in sites:
             first = firsts.setdefault(self._unit_key(site), site)
             self._units[site.path] = first.path
         gates: dict[str, Router] = {
-            site.path: LateGate(len(names), site.d_out, self.config.pool, names)
-            for site in firsts.values()
+            site.path: LateGate(self.config, site.d_out) for site in firsts.values()
         }
         if self.config.share_tau:
             shared = next(iter(gates.values())).log_tau
             for gate in gates.values():
                 gate.log_tau = shared
         return gates
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the experts, in gate order: the part of their paths, from the end, that tells them apart."""
-        return expert_names(self.config.adapters)
 
     def _unit_key(self, site: Site) -> str:
         return {
@@ -224,18 +239,6 @@ class MoLEMethod(Method):
         if not records or self.config.router_aux_loss_coef == 0:
             return {}
         return {"balance": self.config.router_aux_loss_coef * balance(records)}
-
-
-def expert_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """`runs/snips/adapter`, `runs/clinc/adapter` -> `snips`, `clinc`. Raises ValueError where paths are equal."""
-    parts = [PurePath(path).parts for path in paths]
-    for back in range(1, min((len(p) for p in parts), default=0) + 1):
-        names = [NOT_IN_NAMES.sub("-", p[-back].lower()).strip("-._") or "adapter" for p in parts]
-        if len(set(names)) == len(names):
-            return tuple(names)
-    raise ValueError(
-        f"the adapters need folders that differ in one part of their path, got {list(paths)}"
-    )
 
 
 def balance(records: Sequence[RouteRecord]) -> Tensor:

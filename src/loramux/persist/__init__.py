@@ -2,6 +2,7 @@
 
 A static adapter is one PEFT folder. A mixture has one PEFT folder per expert: `expert_<i>` where a site holds several,
 `shared` for the sites that hold one, `lora` where every site holds one; frozen adapters under a gate keep their names.
+A method whose experts are single ranks asks for one folder, `ranks`, that holds them all (`Method.folder_layout`).
 """
 
 from loramux.persist.base import digest_of_base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -80,8 +80,10 @@ class BaseIdentity:
         if not (folder / RECORD).is_file():
             return
         record = read_json_object(folder / RECORD)
+        paths = list(paths)
         found, expected = self.sample(paths), record.get("base_sample")
-        if found is not None and expected is not None and found != expected:
+        differs = found is not None and expected is not None and found != expected
+        if differs or (expected is None and self._differs(record.get("base_sites"), paths)):
             raise FormatError(
                 f"{folder} was trained on another base ({record.get('base_name') or 'unnamed'}): the weights of the "
                 "linears it targets differ; load that base, or pass check_base=False if you know better"
@@ -102,6 +104,20 @@ class BaseIdentity:
             digest.update(head)
         return digest.hexdigest()
 
+    def marks(self, paths: Iterable[str]) -> dict[str, str]:
+        """The same sample of every linear by itself, shortened: tells apart the bases of adapters with other targets."""
+        self.sample(paths)
+        return {
+            path: hashlib.sha256(head).hexdigest()[:16]
+            for path in paths
+            if (head := self._heads.get(path)) is not None
+        }
+
+    def _differs(self, noted: object, paths: Sequence[str]) -> bool:
+        if not isinstance(noted, dict):
+            return False
+        return any(noted.get(path, mark) != mark for path, mark in self.marks(paths).items())
+
     def _weight(self, path: str) -> torch.Tensor:
         for name in (f"{path}.weight", f"{path}.base_layer.weight"):
             if name in self._state:
@@ -119,9 +135,17 @@ def _head(path: str, weight: torch.Tensor) -> bytes | None:
 
 def write_base_record(folder: Path, model: nn.Module, paths: Iterable[str]) -> None:
     """Note the base of a plain adapter, whose PEFT files have no place for it. PEFT ignores this file."""
-    record = {
+    paths = list(paths)
+    base = BaseIdentity(model)
+    name = getattr(model, "name_or_path", "") or ""
+    write_json(folder / RECORD, base_record(name, base.sample(paths), base.marks(paths)))
+
+
+def base_record(name: str, sample: str | None, marks: Mapping[str, str]) -> dict[str, object]:
+    """The content of that file; without the sample of all linears together, those of single ones are compared."""
+    return {
         "schema_version": 1,
-        "base_name": getattr(model, "name_or_path", "") or "",
-        "base_sample": BaseIdentity(model).sample(paths),
+        "base_name": name,
+        "base_sample": sample,
+        "base_sites": dict(marks),
     }
-    write_json(folder / RECORD, record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from loramux.core.adapter import Adapter
 
+RANKS = "ranks"  # the one folder of a mixture whose experts are ranks
+
 
 def expert_name(adapter: Adapter, slot: int, num: int, most: int) -> str:
     if adapter.experts:

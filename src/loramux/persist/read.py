@@ -7,11 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loramux.core.adapter import Adapter
-from loramux.core.bank import Rows
+from loramux.core.frozen import expert_names
 from loramux.core.guards import check_name
 from loramux.core.method import Method
 from loramux.core.types import Site
@@ -20,15 +19,15 @@ from loramux.formats.jsonio import read_json_object
 from loramux.formats.mixlora import read_mixlora
 from loramux.formats.mixture import MixtureTensors, is_mixture, read_mixture
 from loramux.formats.peft import read_peft
-from loramux.formats.scaling import site_scaling
 from loramux.formats.tensors import AdapterTensors, zero_sites
 from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
-from loramux.methods.mole import expert_names
 from loramux.ops.contract import Spans
 from loramux.persist.base import BaseIdentity
-from loramux.persist.names import slot_order
+from loramux.persist.names import RANKS, slot_order
 from loramux.persist.published import mixlora_adapter
+from loramux.persist.routers import load_routers
+from loramux.persist.rows import all_sites, file_scales, match_sites, method_rows, stack_experts
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def read_plain(
     found = match_sites(sites, tensors, str(folder))
     if base is not None:
         base.check_record(folder, tensors.sites)
-    (scales,) = _scales([tensors], str(folder))
+    (scales,) = file_scales([tensors], str(folder))
     kinds = {path: (tensors.sites[path].rank, scales[path]) for path in found}
     made = {kind: Spans.packed([kind[0]], [kind[1]]) for kind in set(kinds.values())}
     return tensors, found, {path: made[kind] for path, kind in kinds.items()}
@@ -133,70 +132,6 @@ def lora_config(tensors: AdapterTensors) -> LoraConfig:
     return LoraConfig(**{"lora_alpha": 8, **kept})
 
 
-def match_sites(sites: Sequence[Site], tensors: AdapterTensors, where: str) -> dict[str, Site]:
-    """The model's sites an adapter names, in declared order; refuses missing modules and other shapes."""
-    by_path = {site.path: site for site in sites}
-    missing = [path for path in tensors.sites if path not in by_path]
-    if missing:
-        raise FormatError(
-            f"{where} targets {missing[:3]}{' ...' if len(missing) > 3 else ''}, which this model does not have as a "
-            f"linear of a decoder layer; it was trained on another base. This one has {sorted({s.name for s in sites})}"
-        )
-    for path, entry in tensors.sites.items():
-        site = by_path[path]
-        if (entry.d_in, entry.d_out) != (site.d_in, site.d_out):
-            raise FormatError(
-                f"{where}: {path} is {entry.d_in} -> {entry.d_out} in the adapter and {site.d_in} -> {site.d_out} in "
-                "this model; it was trained on another base"
-            )
-    return {site.path: site for site in sites if site.path in tensors.sites}
-
-
-def stack_experts(
-    sites: Mapping[str, Site], experts: Sequence[AdapterTensors], where: str
-) -> dict[str, Rows]:
-    """Rows per site with one slot per expert, in order; an expert that leaves a site out gets rank 0 there."""
-    scales = _scales(experts, where)
-    return {path: _stack(site, experts, scales, where) for path, site in sites.items()}
-
-
-def _stack(
-    site: Site, experts: Sequence[AdapterTensors], scales: Sequence[Mapping[str, float]], where: str
-) -> Rows:
-    path = site.path
-    parts = [e.sites.get(path) for e in experts]
-    spans = Spans.packed(
-        [0 if p is None else p.rank for p in parts],
-        [1.0 if p is None else s[path] for p, s in zip(parts, scales, strict=True)],
-    )
-    present = [p for p in parts if p is not None]
-    magnitudes = [p.magnitude for p in present if p.magnitude is not None]
-    if magnitudes and len(magnitudes) != len(parts):
-        raise FormatError(f"{where}: at {path} some experts are DoRA and some are not")
-    rows = Rows(
-        spans,
-        _joined([p.a for p in present]),
-        _joined([p.b for p in present]),
-        torch.stack(magnitudes) if magnitudes else None,
-    )
-    assert rows.a.shape[1] == site.d_in
-    return rows
-
-
-def _scales(experts: Sequence[AdapterTensors], where: str) -> list[dict[str, float]]:
-    """The scale of every site, one mapping per expert."""
-    found = [site_scaling(expert.config, _ranks(expert), where) for expert in experts]
-    return [{path: entry[2] for path, entry in scaling.items()} for scaling in found]
-
-
-def _ranks(tensors: AdapterTensors) -> dict[str, int]:
-    return {path: entry.rank for path, entry in tensors.sites.items()}
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts)).contiguous()
-
-
 def _from_mixture(
     sites: Sequence[Site], saved: MixtureTensors, name: str, base: BaseIdentity | None
 ) -> Adapter:
@@ -208,58 +143,28 @@ def _from_mixture(
     if method.needs_adapters:
         adapter = gate(sites, method, saved.experts, name)
     else:
-        found = _union(sites, saved.experts)
-        experts = list(saved.experts.values())
-        scales = _scales(experts, saved.method)
-        rows = {}
-        for path, site in found.items():
-            here = [i for i, expert in enumerate(experts) if path in expert.sites]
-            rows[path] = _stack(
-                site, [experts[i] for i in here], [scales[i] for i in here], saved.method
-            )
-            want = len(method.experts(site))
-            if len(here) != want:
-                raise FormatError(f"{path} has {len(here)} experts, its config asks for {want}")
+        found = all_sites(sites, saved.experts)
         chosen = list(found.values())
-        method.check_sites(chosen)
+        method.check_sites(chosen)  # first: what `experts` says may depend on which layers there are
+        rows = method_rows(found, saved.experts, method, saved.method)
         adapter = Adapter(name, method, found, rows, method.routers(chosen))
     adapter.saved_configs = {key: e.config for key, e in saved.experts.items()}
-    _load_router(adapter, saved.router)
+    load_routers(adapter, saved.router)
     return adapter
 
 
 def _check_order(method: Method, names: list[str]) -> None:
     """A router is trained for one order of its experts: in another it would weigh the wrong ones."""
-    gated = method.needs_adapters
-    expected = getattr(method.config, "adapters", ()) if gated else sorted(names, key=slot_order)
+    if method.needs_adapters:
+        expected = getattr(method.config, "adapters", ())
+    else:
+        expected = [RANKS] if method.folder_layout == "one" else sorted(names, key=slot_order)
     if names != list(expected):
         raise FormatError(
             f"the mixture lists its experts as {names}, its router was trained with the order {list(expected)}; "
             "restore mixture_config.json",
             code="bad_value",
         )
-
-
-def _load_router(adapter: Adapter, router: Mapping[str, Tensor]) -> None:
-    own = dict(adapter.routers_by_key.named_parameters())
-    if own.keys() != router.keys():
-        raise FormatError(
-            f"router.safetensors lacks {sorted(own.keys() - router.keys())[:3]} and has unexpected "
-            f"{sorted(router.keys() - own.keys())[:3]}; it belongs to another mixture or another base"
-        )
-    for key, parameter in own.items():
-        if parameter.shape != router[key].shape:
-            raise FormatError(
-                f"router tensor {key} is {tuple(router[key].shape)}, expected {tuple(parameter.shape)}"
-            )
-        parameter.data = router[key].clone()
-
-
-def _union(sites: Sequence[Site], experts: Mapping[str, AdapterTensors]) -> dict[str, Site]:
-    touched: set[str] = set()
-    for name, expert in experts.items():
-        touched |= match_sites(sites, expert, name).keys()
-    return {site.path: site for site in sites if site.path in touched}
 
 
 def gated_adapter(model: nn.Module, sites: Sequence[Site], method: Method, name: str) -> Adapter:
@@ -277,7 +182,7 @@ def gated_adapter(model: nn.Module, sites: Sequence[Site], method: Method, name:
 def gate(
     sites: Sequence[Site], method: Method, experts: Mapping[str, AdapterTensors], name: str
 ) -> Adapter:
-    found = _union(sites, experts)
+    found = all_sites(sites, experts)
     rows = stack_experts(found, list(experts.values()), method.title)
     routers = method.routers(list(found.values()))
     for path, router in routers.items():

@@ -17,8 +17,10 @@ from loramux.formats.peft import peft_config, write_peft
 from loramux.formats.scaling import site_scaling, target_names, uneven
 from loramux.formats.tensors import AdapterTensors, SiteTensors
 from loramux.persist.base import digest_of_base, write_base_record
-from loramux.persist.names import expert_name, slot_order
+from loramux.persist.names import RANKS, expert_name, slot_order
 from loramux.persist.published import mixlora_config, mixlora_tensors
+from loramux.persist.routers import router_tensors
+from loramux.persist.rows import joined_row_tensors, row_tensors
 
 
 def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
@@ -43,7 +45,7 @@ def write_adapter(model: nn.Module, adapter: Adapter, folder: Path) -> Path:
         base_digest=digest_of_base(model),
         base_name=getattr(model, "name_or_path", "") or "",
         experts=experts,
-        router={k: p.detach().contiguous() for k, p in adapter.routers_by_key.named_parameters()},
+        router=router_tensors(adapter),
     )
     return folder
 
@@ -60,20 +62,15 @@ def write_published_mixlora(model: nn.Module, adapter: Adapter, folder: Path) ->
 def expert_tensors(model: nn.Module, adapter: Adapter) -> dict[str, AdapterTensors]:
     """Every expert as an adapter of its own, by name."""
     most = max(rows.spans.num_slots for rows in adapter.rows.values())
+    is_one = adapter.method.folder_layout == "one"
     parts: dict[str, dict[str, tuple[SiteTensors, float]]] = {}
     for path, rows in adapter.rows.items():
         num = rows.spans.num_slots
-        for slot in range(num):
-            if rows.spans.rank[slot] == 0:
-                continue
-            at = rows.slot_rows(slot)
-            entry = SiteTensors(
-                rows.a.detach()[at],
-                rows.b.detach()[at],
-                None if rows.magnitude is None else rows.magnitude.detach()[slot],
-            )
-            key = expert_name(adapter, slot, num, most)
-            parts.setdefault(key, {})[path] = (entry, rows.spans.scale[slot])
+        entries = [joined_row_tensors(rows, path)] if is_one else row_tensors(rows)
+        for slot, entry in enumerate(entries):
+            if entry is not None:
+                key = RANKS if is_one else expert_name(adapter, slot, num, most)
+                parts.setdefault(key, {})[path] = entry
     order = [name for name in (adapter.experts or sorted(parts, key=slot_order)) if name in parts]
     return {name: _one_expert(model, adapter, name, parts[name]) for name in order}
 

@@ -43,14 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     in the path names an entry of a list.
     """
     path = Path(path)
-    try:
-        raw = _yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: must hold keys such as base, method, data and training")
+    raw = read_mapping(path, "base, method, data and training")
     for text in overrides:
         raw = override(raw, text)
     try:
@@ -58,6 +51,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from None
     return recipe
+
+
+def read_mapping(path: Path, keys: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `keys` are named where it holds something else."""
+    try:
+        raw = _yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: must hold keys such as {keys}")
+    return raw
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -130,23 +136,26 @@ def _with_paths_from(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         [result, *(job for job in jobs if isinstance(job, dict))] if _is_list(jobs) else [result]
     )
     if isinstance(result.get("base"), str):
-        result["base"] = _placed(result["base"], folder, is_path=False)
+        result["base"] = placed(result["base"], folder, is_path=False)
     for holder in holders:
         data, method = holder.get("data"), holder.get("method")
         for split in ("train", "validation"):
             sources = data.get(split) if isinstance(data, dict) else None
             for source in sources if _is_list(sources) else ():
                 if isinstance(source, dict) and isinstance(source.get("path"), str):
-                    source["path"] = _placed(source["path"], folder, is_path=True)
+                    source["path"] = placed(source["path"], folder, is_path=True)
         # A method over trained adapters names their folders.
         folders = method.get("adapters") if isinstance(method, dict) else None
         if isinstance(method, dict) and _is_list(folders):
-            method["adapters"] = [_placed(entry, folder, is_path=True) for entry in folders]
+            method["adapters"] = [placed(entry, folder, is_path=True) for entry in folders]
+        # A setting lies in the folder of the run that made it, so it may well start where the command runs.
+        if isinstance(method, dict) and isinstance(method.get("setting"), str):
+            method["setting"] = placed(method["setting"], folder, is_path=False)
     return result
 
 
-def _placed(text: Any, folder: Path, *, is_path: bool) -> Any:
-    """What exists in `folder` wins; a name that does not exist there may be a hub id."""
+def placed(text: Any, folder: Path, *, is_path: bool) -> Any:
+    """What a file in `folder` means: what exists there wins; a name that does not exist there may be a hub id."""
     if not isinstance(text, str) or not text or text.startswith(DEMO_PREFIX):
         return text
     beside = folder / Path(text).expanduser()

@@ -51,9 +51,10 @@ def _fields_at(model: type[BaseModel], keys: Sequence[str | int]) -> list[str]:
     """Field names of the nested model that `keys` lead to."""
     current = model
     for key in keys:
-        if isinstance(key, int):
+        field = current.model_fields.get(str(key))
+        if field is None:  # a place in a list, or a name that the user chose
             continue
-        current = _model_in(current.model_fields[key].annotation) or current
+        current = _model_in(field.annotation) or current
     return list(current.model_fields)
 
 

@@ -10,10 +10,10 @@ import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from loramux.report.page import environment
 from loramux.report.plots import METRIC_NAMES, headline, percent
 
 
@@ -37,23 +37,22 @@ def render(
     lead: str = "",
 ) -> str:
     """The page as text. Loads nothing from the network and runs no script."""
-    from jinja2 import Environment, StrictUndefined
-
-    source = files("loramux.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    text: str = (
+        environment()
+        .get_template("template.html.j2")
+        .render(
+            title=title,
+            lead=lead,
+            tiles=_tiles(scores, seconds),
+            table=_table(scores),
+            figures=_figures(pictures),
+            samples=[_sample(sample) for sample in samples],
+            settings=json.dumps(settings, indent=2, default=str, ensure_ascii=False)
+            if settings
+            else "",
+        )
     )
-    return environment.from_string(source).render(
-        title=title,
-        lead=lead,
-        tiles=_tiles(scores, seconds),
-        table=_table(scores),
-        figures=_figures(pictures),
-        samples=[_sample(sample) for sample in samples],
-        settings=json.dumps(settings, indent=2, default=str, ensure_ascii=False)
-        if settings
-        else "",
-    )
+    return text
 
 
 def duration(seconds: float) -> str:

@@ -43,20 +43,21 @@ STYLE: Any = {
     "grid.color": "#e3e7eb",
     "legend.frameon": False,
     "figure.facecolor": "white",
+    "text.parse_math": False,  # a name may hold a dollar sign
 }
 
 
-def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Draw with our style and leave the caller's matplotlib settings alone."""
 
     @wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> Figure:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Figure:
         from matplotlib import rc_context
 
         with rc_context(STYLE):
             return draw(*args, **kwargs)
 
-    return styled
+    return drawn
 
 
 def percent(metric: str, value: float) -> float:
@@ -72,7 +73,7 @@ def headline(scores: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return list(first.values())
 
 
-@_styled
+@styled
 def score_chart(scores: Sequence[Mapping[str, Any]]) -> Figure:
     """Bars before and after per task, one panel for each kind of score."""
     chosen = headline(scores)
@@ -82,7 +83,7 @@ def score_chart(scores: Sequence[Mapping[str, Any]]) -> Figure:
     step = 1.15 if longest <= 12 else 1.15 + 0.07 * (longest - 12)
     sizes = [max(len(group), 1.6) for group in groups]
     width = min(max(1.6 + step * sum(sizes), 4.5), 16.0)
-    figure, axes = _figure(1, len(groups), (width, 4.2), width_ratios=sizes)
+    figure, axes = figure_of(1, len(groups), (width, 4.2), width_ratios=sizes)
     for axis, metric, group in zip(axes, metrics, groups, strict=True):
         _score_panel(axis, metric, group)
     handles, labels = axes[0].get_legend_handles_labels()
@@ -125,12 +126,12 @@ def _score_panel(axis: Any, metric: str, group: Sequence[Mapping[str, Any]]) -> 
     axis.grid(visible=False, axis="x")
 
 
-@_styled
+@styled
 def loss_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training and validation loss over the steps; the router's loss in a panel of its own."""
     curves = {name: points for name in CURVES if (points := _series(history, name))}
     panels = 2 if "aux" in curves else 1
-    figure, axes = _figure(1, panels, (7.5 if panels == 1 else 11.0, 4.0))
+    figure, axes = figure_of(1, panels, (7.5 if panels == 1 else 11.0, 4.0))
     steps = max((int(row["step"]) for row in history), default=0)
     axes[0].set_title(f"Loss over {steps} steps")
     axes[0].set_ylabel("loss (nats per token)")
@@ -166,7 +167,7 @@ def _trailing_mean(values: Any, window: int) -> Any:
     return (total[ends] - total[starts]) / (ends - starts)
 
 
-@_styled
+@styled
 def routing_map(routing: Routing, *, difference: bool = False) -> Figure:
     """Which columns each task's prompts are routed to, layer by layer; one panel per task.
 
@@ -176,7 +177,7 @@ def routing_map(routing: Routing, *, difference: bool = False) -> Figure:
     down = math.ceil(len(routing.tasks) / across)
     width = 1.4 + across * max(1.9, 0.34 * len(routing.columns) + 0.3)
     height = 1.7 + down * (1.2 + 0.13 * len(routing.layers))
-    figure, axes = _figure(down, across, (min(width, 18.0), min(height, 22.0)), sharey=True)
+    figure, axes = figure_of(down, across, (min(width, 18.0), min(height, 22.0)), sharey=True)
     tables = {t: routing.difference(t) if difference else routing.tables[t] for t in routing.tasks}
     most = max(float(np.nanmax(np.abs(table))) for table in tables.values())
     top = max(most, 0.01) if difference or routing.measure == "weight" else 1.0
@@ -208,11 +209,11 @@ def _measure_text(routing: Routing, difference: bool) -> str:
     return f"{what}, minus the mean of the tasks" if difference else what
 
 
-@_styled
+@styled
 def router_lines(routing: Routing) -> Figure:
     """How sure the router is per layer, and how often each column is used over all layers."""
     wide = max(6.0, 0.16 * len(routing.columns) * (len(routing.tasks) + 1))
-    figure, (left, right) = _figure(1, 2, (min(5.6 + wide, 17.0), 4.2), width_ratios=(5.6, wide))
+    figure, (left, right) = figure_of(1, 2, (min(5.6 + wide, 17.0), 4.2), width_ratios=(5.6, wide))
     width = 0.8 / len(routing.tasks)
     places = np.arange(len(routing.columns))
     for i, task in enumerate(routing.tasks):
@@ -251,7 +252,9 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **grid: Any) -> tuple[Figure, Any]:
+def figure_of(
+    rows: int, columns: int, size: tuple[float, float], **grid: Any
+) -> tuple[Figure, Any]:
     """A figure outside pyplot: nothing to close, no display, no state shared with the caller."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -117,7 +117,7 @@ class RoutingCounter:
         for name in (sums.selected, sums.weight, sums.seen):
             name.setdefault(layer, {})
         for c, column in enumerate(columns):
-            _add(sums.selected[layer], column, float((gates_NC[:, c] > 0).sum()))
+            _add(sums.selected[layer], column, float((gates_NC[:, c] != 0).sum()))
             _add(sums.weight[layer], column, float(gates_NC[:, c].sum()))
             sums.seen[layer][column] = sums.seen[layer].get(column, 0) + len(gates_NC)
         sums.entropy.setdefault(layer, []).extend(normalised_entropy(probs_NC).tolist())
@@ -222,10 +222,12 @@ def observe(
         raise ValueError("no questions were given; pass at least one task with rows")
     counter: RoutingCounter | None = None
     for task, task_rows in rows_by_task.items():
-        prompts = [encode_question(row, tokenizer, template) for row in task_rows[:rows]]
+        chosen = task_rows[:rows]
+        prompts = [encode_question(row, tokenizer, template) for row in chosen]
         for start in range(0, len(prompts), batch_size):
             part = prompts[start : start + batch_size]
-            _run_prompts(model, part)
+            with handle.batch(tasks=[r.task for r in task_rows[start : start + len(part)]]):
+                _run_prompts(model, part, [row.task for row in chosen[start : start + batch_size]])
             records = list(handle.routing())
             by_token = any(record.when == "token" for record in records)
             if counter is None:
@@ -236,7 +238,7 @@ def observe(
     return counter.result()
 
 
-def _run_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> None:
+def _run_prompts(model: Any, prompts: Sequence[Sequence[int]], tasks: Sequence[str | None]) -> None:
     """One forward pass over right-padded prompts, all of it prompt; nothing is kept but its routing."""
     import torch
 
@@ -248,4 +250,10 @@ def _run_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> None:
         seen[i, : len(prompt)] = 1
     # Not inference mode: in it, token routers skip their records.
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=seen, use_cache=False, logits_to_keep=1)
+        model(
+            input_ids=ids,
+            attention_mask=seen,
+            use_cache=False,
+            logits_to_keep=1,
+            tasks=list(tasks),
+        )

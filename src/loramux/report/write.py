@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux.report import plots
 from loramux.report.html import Picture, render
+from loramux.report.page import finite
 
 if TYPE_CHECKING:
     from loramux.report.routing import Routing
@@ -89,7 +89,7 @@ def write_report(
         "history": [dict(row) for row in history],
         "pictures": [picture.path.name for picture in pictures],
     }
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
+    text = json.dumps(finite(content), indent=2, ensure_ascii=False, allow_nan=False, default=str)
     (out / "report.json").write_text(text + "\n", encoding="utf-8")
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -128,12 +128,3 @@ def _draw_routing(add: Any, routing: Routing) -> None:
         add("Routing", "routing_difference.png", figure, caption)
     caption = f"Left: how undecided the router is. Right: how its choices are shared by the {what}."
     add("Routing", "router.png", plots.router_lines(routing), caption)
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinities are not JSON: they become null."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,12 @@
-"""TensorBoard files of a run: losses, learning rate, speed, and what the routers do."""
+"""TensorBoard files of a run: losses, learning rate, speed, what the routers do, and where ranks go."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loramux.train.edits import edit_metrics
 from loramux.train.events import Listener, StepEvent
 from loramux.train.metrics import router_metrics
 
@@ -46,6 +47,14 @@ class TensorBoard(Listener):
         values |= router_metrics(trainer.handle.routing(event.job), shares=shares)
         for name, value in values.items():
             self._writers[event.job].add_scalar(name, value, event.step)
+
+    def edited(self, trainer: Trainer, job: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        steps: dict[int, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            steps.setdefault(int(row["step"]), []).append(row)
+        for step, own in steps.items():
+            for name, value in edit_metrics(own).items():
+                self._writers[job].add_scalar(name, value, step)
 
     def validated(self, trainer: Trainer, job: str, step: int, loss: float, is_best: bool) -> None:
         self._writers[job].add_scalar("validation/loss", loss, step)

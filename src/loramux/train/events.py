@@ -5,9 +5,9 @@ A listener reads; it never changes what is trained, so runs with and without lis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loramux.train.trainer import JobResult, Trainer
@@ -44,6 +44,9 @@ class Listener:
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         """After every optimizer step of every job."""
+
+    def edited(self, trainer: Trainer, job: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """After a step in which the job's controller edited ranks: what it did, {"step", "what", "site", ...} each."""
 
     def validated(self, trainer: Trainer, job: str, step: int, loss: float, is_best: bool) -> None:
         """After every validation."""

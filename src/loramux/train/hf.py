@@ -8,6 +8,8 @@
 
 The router's loss reaches the trainer through the model's outputs by itself. Prompt routers take the tokens before the
 first label as the prompt; pass `prompt_mask` in the batch, with `remove_unused_columns=False`, to say it otherwise.
+
+Methods that act between steps (BeamLoRA, ALoRA, SMoRA's balance) need the callback: it drives their controllers.
 """
 
 from __future__ import annotations
@@ -18,18 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loramux.train.control import Control, Samples, Schedule
 from loramux.train.metrics import router_metrics
 
 if TYPE_CHECKING:
     from loramux.api import Handle
+    from loramux.core.controller import Edit
 
 
 class RouterCallback(TrainerCallback):
-    """Logs what the routers do, and saves the adapter to `OUTPUT_DIR/adapter` when training ends.
+    """Logs what the routers do, drives controllers, and saves the adapter to `OUTPUT_DIR/adapter` when training ends.
 
     With every log of the trainer come `router/ADAPTER/entropy` and, with `shares`, the share of every expert per layer:
     in `trainer.state.log_history`, in the logs handed to the callbacks after this one, and as TensorBoard files in
-    `tensorboard` if that folder is given. `name` chooses one adapter; None is all of them.
+    `tensorboard` if that folder is given. `name` chooses one adapter; None is all of them. What controllers edited is
+    in `edits`, by adapter. `seed` is their chance; `samples(num, generator)` gives collated examples to those that
+    score ranks on data.
 
     The stock Trainer cannot read adapters back: `load_best_model_at_end` is refused, and `resume_from_checkpoint` is
     not covered. `loramux train` does both.
@@ -43,16 +49,27 @@ class RouterCallback(TrainerCallback):
         shares: bool = True,
         save: bool = True,
         tensorboard: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        samples: Samples | None = None,
     ):
         self.handle = handle
         self.name = name
         self.shares = shares
         self.save = save
         self.tensorboard = tensorboard
+        self.seed = seed
+        self.samples = samples
+        self.edits: dict[str, list[Edit]] = {}
+        self._controls: dict[str, Control] = {}
         self._writer: Any = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **_: Any,
     ) -> None:
         if args.load_best_model_at_end:
             raise ValueError(
@@ -63,6 +80,30 @@ class RouterCallback(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.tensorboard))
+        self._take_control(args, state, getattr(optimizer, "optimizer", optimizer))
+
+    def _take_control(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+        names = [n for n in self._names() if self.handle.adapters[n].method.controller()]
+        if names and state.global_step:
+            raise ValueError(
+                f"adapters {names} are edited between steps, and the stock Trainer keeps no state of that, so it "
+                "cannot resume them; start anew, or use `loramux train`"
+            )
+        per_epoch = state.max_steps / max(state.num_train_epochs, 1)
+        schedule = Schedule(state.max_steps, per_epoch, args.learning_rate)
+        for name in names:
+            self._controls[name] = Control(
+                self.handle, self.handle.adapters[name], optimizer,
+                self.handle.trainable_parameters(name), schedule,
+                seed=self.seed, samples=self.samples,
+            )  # fmt: skip
+            self.edits[name] = self._controls[name].begin()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        for name, own in self._controls.items():
+            self.edits[name] += own.after_step(state.global_step)
 
     def on_log(
         self,

@@ -96,6 +96,7 @@ class JobState:
 
     best_loss / best_step: the lowest validation loss; num_bad: validations since then.
     window: (loss, aux) of the steps since the last history row.
+    edits: what the adapter's controller did so far; control: what it needs to go on (see train/control.py).
     seconds: time spent in steps, over all runs of the job; in no history, since it never repeats.
     """
 
@@ -108,6 +109,8 @@ class JobState:
     num_bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     window: list[list[float]] = field(default_factory=list)
+    edits: list[dict[str, Any]] = field(default_factory=list)
+    control: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:

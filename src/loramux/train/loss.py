@@ -42,7 +42,7 @@ class SupervisedForward:
         finally:
             hook.remove()
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def __call__(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         """(sum over supervised tokens, how many they are), from what `data.collate` makes."""
         device = next(self.model.parameters()).device
         target_BT = batch["labels"][:, 1:]
@@ -68,9 +68,11 @@ class SupervisedForward:
         return (hidden_BTD[rows, columns].unsqueeze(0), *args[1:])
 
 
-def forward_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def forward_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """What a model call takes of a collated batch, on the model's device."""
-    call = {key: batch[key].to(device) for key in _CALL_KEYS if key in batch}
+    call: dict[str, Any] = {key: batch[key].to(device) for key in _CALL_KEYS if key in batch}
+    if "tasks" in batch:
+        call["tasks"] = batch["tasks"]
     if "segment_ids" in call:
         # Without a mask transformers derives it from positions that start again, for every attention kernel and with
         # sliding windows, which a ready-made block mask would override. `check_packing` refuses models that do not.
@@ -78,7 +80,7 @@ def forward_inputs(batch: Mapping[str, Tensor], device: torch.device) -> dict[st
     return call
 
 
-def num_tokens(batch: Mapping[str, Tensor]) -> int:
+def num_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens that are not padding."""
     if "segment_ids" in batch:
         return int((batch["segment_ids"] >= 0).sum())

@@ -17,18 +17,30 @@ Scheduler = Literal["linear", "cosine", "constant"]
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], training: TrainingConfig
 ) -> torch.optim.AdamW:
-    """AdamW over all parameters of one adapter."""
+    """AdamW over all parameters of one adapter. Row gates do not decay."""
     if not parameters:
-        raise ValueError("the adapter has no trainable parameters; load it with trainable=True")
+        raise ValueError(
+            "the adapter has no trainable parameters: load it with trainable=True, or, if its method learns nothing, "
+            "make it with `loramux compose`"
+        )
+    gates = [p for name, p in parameters.items() if _is_row_gate(name)]
+    others = [p for name, p in parameters.items() if not _is_row_gate(name)]
+    groups: list[dict[str, Any]] = [{"params": others}]
+    if gates:
+        groups.append({"params": gates, "weight_decay": 0.0})
     # Fused: hundreds of small matrices in one call. Elementwise, so the numbers are those of the plain loop.
     return torch.optim.AdamW(
-        parameters.values(),
+        groups,
         lr=0.0,
         betas=training.betas,
         eps=training.eps,
         weight_decay=training.weight_decay,
         fused=True,
     )
+
+
+def _is_row_gate(name: str) -> bool:
+    return name.startswith("rows_by_key.") and ".gate." in name
 
 
 def lr_factor(step: int, num_steps: int, kind: Scheduler, warmup_ratio: float) -> float:

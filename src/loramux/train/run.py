@@ -1,7 +1,7 @@
 """From a recipe to trained adapters in a folder: base, data, methods, training, results.
 
-The folder: run.json (the resolved recipe), checkpoints/, tensorboard/, history.json, best/, adapter/, result.json; with
-several jobs the last four but result.json lie in a folder per job.
+The folder: run.json (the resolved recipe), checkpoints/, tensorboard/, history.json, edits.json (of methods that edit
+ranks), best/, adapter/, result.json; with several jobs the four before result.json lie in a folder per job.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from loramux.errors import LoramuxError
 from loramux.train.checkpoint import CheckpointError, refuse_other
 from loramux.train.events import Listener
 from loramux.train.job import Job
+from loramux.train.probe import with_settings
 
 if TYPE_CHECKING:
     from loramux.api import Handle
@@ -30,7 +31,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 RUN, RESULT = "run.json", "result.json"
 # What a run leaves behind: there without a run.json, it belongs to somebody else.
-OWN = ("adapter", "best", "checkpoints", "history.json", "tensorboard")
+OWN = (
+    "adapter",
+    "best",
+    "checkpoints",
+    "edits.json",
+    "history.json",
+    "probe",
+    "routing.jsonl",
+    "setting.json",
+    "tensorboard",
+)
 
 
 class TrainingError(LoramuxError):
@@ -43,12 +54,14 @@ def train_recipe(
     resume: bool = False,
     progress: bool = True,
     callbacks: Sequence[Listener] = (),
+    board: bool = True,
 ) -> dict[str, Any]:
     """Train every job of a recipe and write adapters, histories and logs to `out`.
 
     resume: go on with the run in `out` if there is one; a run that is complete is returned as it is. Without it a
     folder that holds a run is refused; a run of another recipe always is. An interrupt (Ctrl-C, SIGTERM) ends the run
-    after the current step with a resumable state, and raises KeyboardInterrupt.
+    after the current step with a resumable state, and raises KeyboardInterrupt. board: False writes no TensorBoard
+    files and no log of the routing, whose cost would be part of a measured training.
     Returns {"out", "adapter", "steps", "train_loss", "val_loss", "seconds", "tokens_per_second", "jobs": [...]}; with
     several jobs the losses and the adapter are under "jobs" only.
     """
@@ -62,7 +75,8 @@ def train_recipe(
         log.info("%s: this run is complete; nothing to do", out)
         return done
     try:
-        trainer = build_trainer(jobs, out, resume, [*_displays(out, progress), *callbacks])
+        jobs = with_settings(jobs, out, progress=progress, board=board)
+        trainer = build_trainer(jobs, out, resume, [*_displays(out, progress, board), *callbacks])
     except LoramuxError:
         if is_new:  # a recipe that is put right must not be another run
             (out / RUN).unlink()
@@ -83,26 +97,40 @@ def build_trainer(
     jobs: Sequence[JobRecipe], out: Path, resume: bool, listeners: Sequence[Listener]
 ) -> Trainer:
     """Load the base and the data, attach every job's adapter."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from loramux.fetch import reading_base, resolve_base
     from loramux.train.trainer import Trainer
 
-    first = jobs[0]
-    if first.threads is not None:
-        torch.set_num_threads(first.threads)
-    base = resolve_base(first.base, dtype=first.dtype)
-    with reading_base(first.base):
-        tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = read_tokenizer(jobs[0])
     # Data first: what is wrong with it shows before the base is loaded.
     built = [build_job(job, tokenizer) for job in jobs]
-    model: Any
-    with reading_base(first.base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, first.dtype))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = read_base(jobs[0])
     handle = attach_jobs(model, jobs)
     return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)
+
+
+def read_tokenizer(job: JobRecipe) -> Any:
+    """The tokenizer of a job's base."""
+    from transformers import AutoTokenizer
+
+    from loramux.fetch import reading_base, resolve_base
+
+    base = resolve_base(job.base, dtype=job.dtype)
+    with reading_base(job.base):
+        return AutoTokenizer.from_pretrained(base)
+
+
+def read_base(job: JobRecipe) -> Any:
+    """The base of a job, on the device it is trained on, with as many threads as the job says."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from loramux.fetch import reading_base, resolve_base
+
+    if job.threads is not None:
+        torch.set_num_threads(job.threads)
+    base = resolve_base(job.base, dtype=job.dtype)
+    with reading_base(job.base):
+        model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, job.dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def build_job(job: JobRecipe, tokenizer: Any) -> Job:
@@ -224,11 +252,14 @@ def _write(path: Path, value: Any) -> None:
 # --- Who watches, and who interrupts -----------------------------------------------------------------
 
 
-def _displays(out: Path, progress: bool) -> list[Listener]:
+def _displays(out: Path, progress: bool, board: bool) -> list[Listener]:
     from loramux.train.board import TensorBoard
+    from loramux.train.logs import RoutingLog
     from loramux.train.progress import make_progress
 
-    return [TensorBoard(out / "tensorboard"), *([make_progress()] if progress else [])]
+    shown = [make_progress()] if progress else []
+    logs: list[Listener] = [TensorBoard(out / "tensorboard"), RoutingLog()] if board else []
+    return [*logs, *shown]
 
 
 @contextmanager

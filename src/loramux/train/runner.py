@@ -6,10 +6,11 @@ whole step -> plus auxiliary losses, weighted by the micro-batch's share of thos
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from loramux.core.batch import supervised_share
 from loramux.data import Example, collate
 from loramux.train.attention import fastest_attention
+from loramux.train.control import Control, Schedule
 from loramux.train.events import StepEvent
 from loramux.train.job import Job, JobState
 from loramux.train.loss import SupervisedForward, num_tokens
@@ -34,6 +36,7 @@ from loramux.train.rng import running_with, seeded_states
 if TYPE_CHECKING:
     from loramux.api import Handle
 
+log = logging.getLogger(__name__)
 SPEED_STEPS = 20  # tokens per second are shown over so many steps
 
 
@@ -57,6 +60,11 @@ class JobRunner:
         self.state = JobState()
         self.best: dict[str, Tensor] | None = None
         self.rng = seeded_states(job.seed, self.device)
+        self.control = Control(
+            handle, self.adapter, self.optimizer, self.parameters, self._schedule(),
+            seed=job.seed, samples=self._samples,
+        )  # fmt: skip
+        self._new_edits: list[dict[str, Any]] = []
         self._recent: deque[tuple[int, float]] = deque(maxlen=SPEED_STEPS)
 
     @property
@@ -72,6 +80,7 @@ class JobRunner:
         factor = lr_factor(state.step, self.num_steps, training.scheduler, training.warmup_ratio)
         lr = self.peak_lr * factor
         self.handle.use(self.job.name)
+        self._edit(self.control.begin)
         with running_with(self.rng, self.device):
             sums, tokens = self._accumulate()
         norm = clip(self.parameters, training.max_grad_norm)
@@ -85,6 +94,7 @@ class JobRunner:
         state.step += 1
         state.tokens += tokens
         state.window.append([loss, aux])
+        self._edit(lambda: self.control.after_step(state.step))
         is_logged = state.step % training.log_every == 0 or state.step == self.num_steps
         if is_logged:
             self._log(lr, grad_norm)
@@ -161,6 +171,39 @@ class JobRunner:
         state.history.append(row)
         state.window = []
 
+    # --- The controller -------------------------------------------------------------------------
+
+    def _schedule(self) -> Schedule:
+        training = self.job.training
+        batches = math.ceil(len(self.job.train) / training.micro_batch_size)
+        per_epoch = batches / training.gradient_accumulation_steps
+        return Schedule(self.num_steps, per_epoch, self.peak_lr)
+
+    def _edit(self, act: Callable[[], list[dict[str, Any]]]) -> None:
+        # A copy, so that a controller that draws from torch's generators draws the same in a resumed run.
+        with running_with(dict(self.rng), self.device):
+            edits = act()
+        self.state.edits += edits
+        self._new_edits += edits
+
+    def take_edits(self) -> list[dict[str, Any]]:
+        """The edits since this was last asked."""
+        edits, self._new_edits = self._new_edits, []
+        return edits
+
+    def _samples(self, num: int, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """Examples for a controller to score with."""
+        job = self.job
+        if not job.validation:
+            log.info(
+                "job %s has no validation data: its ranks are scored on training data", job.name
+            )
+        pool = job.validation or job.train
+        chosen = [pool[i] for i in torch.randperm(len(pool), generator=generator)[:num].tolist()]
+        size = job.training.micro_batch_size
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return [collate(part, job.pad_token_id) for part in parts]
+
     # --- Validation -----------------------------------------------------------------------------
 
     def validate(self) -> tuple[float, bool]:
@@ -173,6 +216,7 @@ class JobRunner:
         is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
             state.best_loss, state.best_step, state.num_bad = loss, state.step, 0
+            self.control.keep_ranks_as_best()
             self.best = {name: t.detach().cpu().clone() for name, t in self.weights().items()}
         else:
             state.num_bad += 1
@@ -218,14 +262,21 @@ class JobRunner:
     def use_best(self) -> None:
         """Put the weights of the best validation back, if there was one."""
         if self.best is not None:
+            self.control.resize_to_best()
             self.set_weights(self.best)
 
+    def saved_state(self) -> dict[str, Any]:
+        """How far the job is, as plain JSON values."""
+        self.state.control = self.control.state()
+        return self.state.to_dict()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything but `state` that a resumed job needs."""
+        """Everything but `saved_state` that a resumed job needs."""
         groups = {
             "adapter": self.weights(),
             "optimizer": optimizer_tensors(self.optimizer, self.parameters),
             "rng": dict(self.rng),
+            "control": self.control.tensors(),
         }
         if self.best is not None:
             groups["best"] = self.best
@@ -233,7 +284,9 @@ class JobRunner:
 
     def restore(self, state: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         self.state = JobState.from_dict(state)
+        self.control.resize(self.state.control)
         self.set_weights(groups["adapter"])
         load_optimizer_tensors(self.optimizer, self.parameters, groups["optimizer"])
         self.rng = dict(groups["rng"])
         self.best = dict(groups["best"]) if "best" in groups else None
+        self.control.restore(self.state.control, groups.get("control", {}))

@@ -52,8 +52,9 @@ class JobResult:
 class Trainer:
     """Trains adapters that are on the handle; `job.name` says which.
 
-    out: folder for `adapter/`, `best/`, `history.json` and resumable states; None writes nothing. Several jobs each get
-    a folder of their name in it. resume: go on from the last state in `out`, if there is one.
+    out: folder for `adapter/`, `best/`, `history.json`, `edits.json` (methods that edit ranks) and resumable states;
+    None writes nothing. Several jobs each get a folder of their name in it. resume: go on from the last state in
+    `out`, if there is one.
     """
 
     def __init__(
@@ -121,11 +122,15 @@ class Trainer:
         """One step of one job, and what is due after it."""
         job, state = runner.job, runner.state
         event = runner.step()
+        edits = runner.take_edits()
+        if event is not None:
+            self._tell("stepped", event)
+        if edits:
+            self._tell("edited", job.name, edits)
         if event is None:
             log.warning("job %s stopped: %s", job.name, state.reason)
             self._end(runner)
             return
-        self._tell("stepped", event)
         is_last = state.step == runner.num_steps
         every = job.training.eval_every
         if job.validation and (is_last or (every and state.step % every == 0)):
@@ -185,7 +190,7 @@ class Trainer:
         meta = {
             "round": self.round,
             "identity": self.identity(),
-            "jobs": [runner.state.to_dict() for runner in self.runners],
+            "jobs": [runner.saved_state() for runner in self.runners],
         }
         self.store.save(self.round, meta, tensors)
         for runner in self.runners:
@@ -238,6 +243,8 @@ class Trainer:
         folder = self.folder(runner.job)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "history.json", [_finite(row) for row in runner.state.history])
+        if runner.state.edits:
+            write_json(folder / "edits.json", runner.state.edits)
 
     def _result(self, runner: JobRunner) -> JobResult:
         state, job = runner.state, runner.job
