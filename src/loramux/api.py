@@ -26,6 +26,11 @@ from loramux.methods import load_method
 
 log = logging.getLogger(__name__)
 DEFAULT_NAME = "default"
+_WRITERS = {
+    "own": persist.write_adapter,
+    "mixlora": persist.write_published_mixlora,
+    "moe-peft": persist.write_gated,
+}
 
 
 class Handle(Attachment):
@@ -60,13 +65,13 @@ class Handle(Attachment):
         folder: str | os.PathLike[str],
         name: str | None = None,
         *,
-        layout: Literal["own", "mixlora"] = "own",
+        layout: Literal["own", "mixlora", "moe-peft"] = "own",
     ) -> Path:
         """Write one adapter: a PEFT folder if it is static, else a mixture folder with one PEFT folder per expert.
 
-        layout="mixlora" writes a MixLoRA under the published key names instead.
+        layout="mixlora" writes a MixLoRA under the published key names instead, "moe-peft" a LoRAMoE or MoLA.
         """
-        write = persist.write_published_mixlora if layout == "mixlora" else persist.write_adapter
+        write = _WRITERS[layout]
         adapter = self._named(name)
         controller = adapter.method.controller()
         if (
@@ -76,8 +81,8 @@ class Handle(Attachment):
             and not adapter.is_controlled
         ):
             log.warning(
-                "%s acts between optimizer steps, which nothing let %r do; train it with loramux.train.Trainer, or give "
-                "the stock trainers loramux.train.hf.RouterCallback",
+                "%s acts between optimizer steps, which nothing let %r do; train it with loramux.train.Trainer, or "
+                "give the stock trainers loramux.train.hf.RouterCallback",
                 *(adapter.method.title, adapter.name),
             )
         return write(self.model, adapter, Path(folder))

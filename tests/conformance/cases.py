@@ -75,7 +75,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "mole": {
         "layer": {"granularity": "layer"},
         "matrix": {"granularity": "matrix", "share_tau": True},
-        "network": {"granularity": "network"},
+        "network": {"granularity": "network", "weight_sum": "N"},
         "prompt": {"granularity": "block", "pool": "prompt_mean"},
     },
     "loraflow": {

@@ -306,6 +306,21 @@ def test_a_trained_one_is_a_plain_lora_on_disk_that_computes_the_same(tmp_path: 
     torch.testing.assert_close(theirs(input_ids=ids).logits, want, atol=1e-5, rtol=1e-5)
 
 
+def test_one_that_no_loop_let_act_is_saved_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = Training().handle
+    handle.save(tmp_path / "bare")
+    assert "train it with loramux.train.Trainer" in caplog.text
+    caplog.clear()
+    handle.remove("default")
+    for config in (loramux.LoraConfig(), loramux.SMoRAConfig(r=4, activate_r=2)):
+        handle.add(config, name="other")
+        handle.save(tmp_path / config.method, name="other")
+        handle.remove("other")
+    assert "between optimizer steps" not in caplog.text
+
+
 def test_row_gates_do_not_decay_under_weight_decay() -> None:
     run = Training()
     training = TrainingConfig(steps=1, weight_decay=0.5)

@@ -15,7 +15,13 @@ from report.folders import make_base, records, train
 STEPS = 3
 # What a few steps need to reach an edit, beside the variant's own settings.
 SOONER: dict[str, dict[str, Any]] = {
-    "alora": {"first_round": 1, "round_every": 1, "round_unit": "steps", "rounds": 1, "score": "taylor"},
+    "alora": {
+        "first_round": 1,
+        "round_every": 1,
+        "round_unit": "steps",
+        "rounds": 1,
+        "score": "taylor",
+    },
     "beamlora": {"interval": 2, "end_step": 3, "top_p": 0.6},
 }
 
@@ -65,7 +71,10 @@ def test_a_run_becomes_a_page(variant: Variant, base: Path, maker: Maker, tmp_pa
         width = len(found["sentence"]["tokens"])
         for router in found["sentence"]["routers"]:
             rows = width if router["when"] == "token" else 1
-            assert [len(router["weights"]), len(router["weights"][0])] == [rows, len(router["columns"])]
+            assert [len(router["weights"]), len(router["weights"][0])] == [
+                rows,
+                len(router["columns"]),
+            ]
     if servability != "static" and found["kind"] == "run":
         assert found["routing"]["default"]["routers"]
     if variant.method in ("alora", "beamlora"):

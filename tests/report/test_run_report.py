@@ -176,7 +176,9 @@ def test_ranks_over_rounds_and_importance_are_those_of_the_edits(tmp_path: Path)
 
 @pytest.mark.filterwarnings("error")
 def test_hostile_names_are_shown_and_not_obeyed(tmp_path: Path) -> None:
-    edits = [{"step": 1, "what": EVIL, "site": f"model.layers.0.{EVIL}", "pruned": 1, "scores": [1, 2]}]
+    edits = [
+        {"step": 1, "what": EVIL, "site": f"model.layers.0.{EVIL}", "pruned": 1, "scores": [1, 2]}
+    ]
     row = routers(5, 2, 3)
     row["columns"] = [[EVIL, "日本", "\x07bell"]]
     row["routers"][0]["path"] = f"model.layers.0.{EVIL}"

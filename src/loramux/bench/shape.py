@@ -73,7 +73,7 @@ class Effort:
     serve_answer: tuple[int, int] = (16, 128)
     streams: int = 8
     score_rounds: int = 5
-    score_layers: tuple[int, ...] = (12, 30)
+    score_layers: tuple[int, ...] = (12,)
 
     def at_most(self, rounds: int) -> Effort:
         """The same with no more than so many rounds of anything. Raises ValueError below 3: no interval comes of it."""
@@ -101,7 +101,6 @@ QUICK = Effort(
     slot_rounds=6,
     residency=(1, 8, 32),
     score_rounds=3,
-    score_layers=(12,),
     serve_rounds=2,
     open_rounds=1,
     serve_requests=12,

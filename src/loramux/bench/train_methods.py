@@ -8,6 +8,7 @@ The mixtures still compute all their rows, and their gates read the input; the r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +100,12 @@ class TaskTrainer(Trainer):
 
     def step(self) -> None:
         handle = loramux.handle_of(self.model)
-        if handle is None:
-            return super().step()
-        with handle.batch(tasks=[TASK] * self.batch["input_ids"].shape[0]):
+        named = (
+            nullcontext()
+            if handle is None
+            else handle.batch(tasks=[TASK] * self.batch["input_ids"].shape[0])
+        )
+        with named:
             super().step()
 
 

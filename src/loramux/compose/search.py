@@ -8,7 +8,7 @@ Letters: N adapters.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -106,12 +106,20 @@ def search(
 
 
 def _optimizer(options: LoraHubOptions) -> str:
-    installed = importlib.util.find_spec("nevergrad") is not None
-    if options.optimizer == "nevergrad" and not installed:
-        raise LoramuxError(
-            "optimizer='nevergrad' needs that package; install it with: pip install nevergrad, or use 'es'"
-        )
-    return "nevergrad" if installed and options.optimizer != "es" else "es"
+    """Which one runs: nevergrad where it can be imported, else the built-in one."""
+    if options.optimizer == "es":
+        return "es"
+    try:
+        importlib.import_module("nevergrad")
+    except ImportError as error:
+        if options.optimizer == "nevergrad":
+            raise LoramuxError(
+                f"optimizer='nevergrad' cannot be used ({error}); install it with: pip install nevergrad, or use 'es'"
+            ) from None
+        if not isinstance(error, ModuleNotFoundError):
+            log.warning("nevergrad is there but cannot be imported (%s); using 'es'", error)
+        return "es"
+    return "nevergrad"
 
 
 def _evolve(evaluate: Objective, num: int, options: LoraHubOptions, seed: int) -> None:

@@ -36,7 +36,7 @@ from loramux.core.mixing import (
     localised_weights,
     spread,
 )
-from loramux.core.router import RouteView
+from loramux.core.router import Router, RouteView
 from loramux.core.types import Route, RouteRecord, Site
 from loramux.core.values import check_not_negative, check_share
 
@@ -50,6 +50,7 @@ class LoRAMoEConfig(DenseConfig):
 
     blc_alpha is delta, blc_weight beta. sample_types: {task of a row: 1 for world knowledge, 0 for the rest}; "*"
     stands for every task it does not name. Without it no sample has a type and the loss only evens out the experts.
+    attention_lora: targeted linears of the attention hold one plain LoRA without a gate, as MoE-PEFT trains it.
     """
 
     method = "loramoe"
@@ -62,6 +63,7 @@ class LoRAMoEConfig(DenseConfig):
     sample_types: Mapping[str, int] = field(default_factory=dict)
     lbc_orientation: Literal["code", "specialise"] = "code"
     aux_reduction: Literal["mean", "sum"] = "mean"
+    attention_lora: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +128,15 @@ class LoRAMoEMethod(GatedMethod):
 
     def usual_sites(self, sites: Sequence[Site]) -> list[Site]:
         return [site for site in sites if site.kind == "ffn"]
+
+    def is_plain(self, site: Site) -> bool:
+        return self.config.attention_lora and site.kind != "ffn"
+
+    def num_experts_at(self, site: Site) -> int:
+        return 1 if self.is_plain(site) else self.config.num_experts
+
+    def routers(self, sites: Sequence[Site]) -> dict[str, Router]:
+        return super().routers([site for site in sites if not self.is_plain(site)])
 
     def gate_at(self, site: Site) -> LinearGate:
         return TypedGate(self.config, site.d_in)

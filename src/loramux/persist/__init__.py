@@ -6,6 +6,7 @@ A method whose experts are single ranks asks for one folder, `ranks`, that holds
 """
 
 from loramux.persist.base import digest_of_base
+from loramux.persist.moe_peft import write_gated
 from loramux.persist.read import gated_adapter, read_adapter
 from loramux.persist.write import write_adapter, write_published_mixlora
 
@@ -14,5 +15,6 @@ __all__ = [
     "gated_adapter",
     "read_adapter",
     "write_adapter",
+    "write_gated",
     "write_published_mixlora",
 ]

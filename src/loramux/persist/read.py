@@ -18,12 +18,14 @@ from loramux.formats.errors import FormatError
 from loramux.formats.jsonio import read_json_object
 from loramux.formats.mixlora import read_mixlora
 from loramux.formats.mixture import MixtureTensors, is_mixture, read_mixture
+from loramux.formats.moe_peft import KINDS
 from loramux.formats.peft import read_peft
 from loramux.formats.tensors import AdapterTensors, zero_sites
 from loramux.methods import config_from_dict, load_method
 from loramux.methods.lora import LoraConfig, LoraMethod
 from loramux.ops.contract import Spans
 from loramux.persist.base import BaseIdentity
+from loramux.persist.moe_peft import read_gated
 from loramux.persist.names import RANKS, slot_order
 from loramux.persist.published import mixlora_adapter
 from loramux.persist.routers import load_routers
@@ -52,6 +54,8 @@ def read_adapter(
     if is_mixture(folder):
         saved = read_mixture(folder, allow_zero=trainable)
         adapter = _from_mixture(sites, saved, name, own)
+    elif _peft_type(folder) in KINDS:
+        adapter = read_gated(sites, folder, name, allow_zero=trainable)
     elif _peft_type(folder) == "MIXLORA":
         config, published = read_mixlora(folder, allow_zero=trainable)
         activation = getattr(getattr(model, "config", None), "hidden_act", None)
@@ -66,9 +70,9 @@ def read_adapter(
 
 
 def is_plain(folder: Path) -> bool:
-    """Whether the folder holds one PEFT adapter, and neither a mixture nor a published MixLoRA."""
+    """Whether the folder holds one PEFT adapter, and neither a mixture nor one in a published layout."""
     _check_folder(folder)
-    return not is_mixture(folder) and _peft_type(folder) != "MIXLORA"
+    return not is_mixture(folder) and _peft_type(folder) not in ("MIXLORA", *KINDS)
 
 
 def read_plain(
@@ -145,7 +149,8 @@ def _from_mixture(
     else:
         found = all_sites(sites, saved.experts)
         chosen = list(found.values())
-        method.check_sites(chosen)  # first: what `experts` says may depend on which layers there are
+        # First: what `experts` says may depend on which layers there are.
+        method.check_sites(chosen)
         rows = method_rows(found, saved.experts, method, saved.method)
         adapter = Adapter(name, method, found, rows, method.routers(chosen))
     adapter.saved_configs = {key: e.config for key, e in saved.experts.items()}

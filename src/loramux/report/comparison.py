@@ -180,6 +180,7 @@ def _draw(entries: Sequence[Entry], reference: str) -> Figure:
     ):
         axis.set_title(title)
         axis.tick_params(axis="y", length=0)
+        axis.locator_params(axis="x", nbins=6)
     return figure
 
 
