@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from loramux.engine.engine import Engine
     from loramux.engine.request import Completion, Request, SamplingParams
     from loramux.methods import config_from_dict, list_methods, load_method
+    from loramux.methods.alora import ALoRAConfig
     from loramux.methods.arrow import ArrowConfig
     from loramux.methods.beamlora import BeamLoRAConfig
+    from loramux.methods.fanlora import FanLoRAConfig
     from loramux.methods.hydralora import HydraLoRAConfig
     from loramux.methods.lora import LoraConfig
     from loramux.methods.loraflow import LoRAFlowConfig
@@ -41,12 +43,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "ALoRAConfig": "loramux.methods.alora",
     "ArrowConfig": "loramux.methods.arrow",
     "AsyncEngine": "loramux.engine.aio",
     "BeamLoRAConfig": "loramux.methods.beamlora",
     "Completion": "loramux.engine.request",
     "Engine": "loramux.engine.engine",
     "Expert": "loramux.core.types",
+    "FanLoRAConfig": "loramux.methods.fanlora",
     "Handle": "loramux.api",
     "HydraLoRAConfig": "loramux.methods.hydralora",
     "LoRAFlowConfig": "loramux.methods.loraflow",
@@ -83,12 +87,14 @@ _WHERE = {
 }
 
 __all__ = [
+    "ALoRAConfig",
     "ArrowConfig",
     "AsyncEngine",
     "BeamLoRAConfig",
     "Completion",
     "Engine",
     "Expert",
+    "FanLoRAConfig",
     "Handle",
     "HydraLoRAConfig",
     "LoRAFlowConfig",

@@ -22,7 +22,7 @@ data: {train: [{path: "demo:snips/train.jsonl"}]}
 training: {steps: 2}
 """
 VERBS = ["fetch", "train", "eval", "generate", "batch", "methods", "bench", "demo"]
-VERBS += ["tenants", "config schema", "compose", "lower"]
+VERBS += ["tenants", "config schema", "compose", "lower", "report", "compare"]
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -110,6 +110,17 @@ def test_generate_prints_the_answers(stub: Any, capsys: pytest.CaptureFixture[st
     assert args == ("b", None, ["p"], 5)
     assert (options["template"], options["chat"]) == ("task", False)
     assert capsys.readouterr().out.splitlines()[-1] == "answer"
+
+
+def test_a_task_may_be_named_to_adapters_that_go_by_tasks(stub: Any) -> None:
+    result = {"results": [{"prompt": "p", "text": "answer", "tokens": [1]}]}
+    generated = stub("loramux.eval.generate", "generate", result)
+    evaluated = stub("loramux.eval.run", "evaluate", SCORES)
+    assert main(["generate", "--base", "b", "--prompt", "p", "--task-name", "snips"]) == 0
+    assert main(["eval", "--base", "b", "--data", "x", "--task-name", "snips"]) == 0
+    assert main(["eval", "--base", "b", "--data", "x"]) == 0
+    told = [options["task"] for _, options in (*generated, *evaluated)]
+    assert told == ["snips", "snips", None]
 
 
 def test_train_hands_over_the_checked_recipe(stub: Any, recipe: str, tmp_path: Path) -> None:

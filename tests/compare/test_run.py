@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,16 +39,18 @@ run_suite(suite(folder, seeds=[0, 1]), folder / "out", progress=False, carry_out
 class Fake:
     """Gives made-up results at once and notes what it was asked for."""
 
-    def __init__(self, fail: str = "", error: Exception | None = None):
+    def __init__(self, fail: str = "", slow: str = ""):
         self.calls: list[str] = []
-        self.fail, self.error = fail, error or ValueError("too hot")
+        self.fail, self.slow = fail, slow
 
     def __call__(
         self, item: Item, folder: Path, needs: Mapping[str, Path], limit: float | None
     ) -> dict[str, Any]:
         self.calls.append(item.title)
         if self.fail and self.fail in item.title:
-            raise self.error
+            raise ValueError("too hot")
+        if self.slow and self.slow in item.title:
+            time.sleep(0.3)
         right = "1" * 6 + "0" * 2 if item.label == "milora" else "1" * 4 + "0" * 4
         scores = {task: {"value": 0.5, "stderr": 0.1, "rows": right} for task in item.work["tests"]}
         return {"scores": scores, "tokens": item.tokens, "train_seconds": 2.0, "trainable": 10}
@@ -132,7 +135,7 @@ def test_several_items_are_under_way_at_a_time_and_each_is_done_once(tmp_path: P
         "fusion": {"adapters": "lora", "methods": ["linear", "cat"]},
         "seeds": [0, 1],
     }
-    fake = Fake()
+    fake = Fake(slow="single lora two")
     result = run(tmp_path, fake, workers=3, changes=changes)
     assert result["rows"]["failed"] == 0
     assert len(fake.calls) == len(set(fake.calls)) == result["rows"]["planned"]

@@ -72,6 +72,26 @@ def test_accuracies_are_those_of_one_pass_per_choice(tokenizer):
     assert all(r["rows"] == 24 and r["task"] == "colour" for r in results)
 
 
+def test_the_score_of_each_row_stands_at_its_place_whatever_the_batches(tokenizer):
+    model, rows = build_pico("llama"), ranked_rows(12)
+    (found,) = evaluate_model(
+        model,
+        tokenizer,
+        {"a": rows},
+        metrics=["token"],
+        batch_size=5,
+        progress=False,
+        per_row=True,
+    )
+    alone = [
+        evaluate_model(model, tokenizer, {"a": [row]}, metrics=["token"], progress=False)[0]
+        for row in rows
+    ]
+    assert found["row_scores"] == [one["value"] for one in alone]
+    assert 0 < sum(found["row_scores"]) < 12  # else an order could not be seen
+    assert "row_scores" not in alone[0]
+
+
 def test_batch_size_does_not_change_the_results(tokenizer):
     model, rows = build_pico("llama"), {"colour": ranked_rows(9)}
     one = evaluate_model(model, tokenizer, rows, batch_size=1, progress=False)

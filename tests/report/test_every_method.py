@@ -1,4 +1,4 @@
-"""A run of every method becomes a page: trained for a few steps, saved, read back, drawn, with its gates over a sentence."""
+"""A run of every method becomes a page: trained for a few steps, saved, read back, drawn, gates over a sentence too."""
 
 from pathlib import Path
 from typing import Any

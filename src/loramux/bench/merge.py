@@ -4,6 +4,7 @@
 
 Random factors: the worst case for whatever cuts the rank, since no entry or direction stands out. The time is that of
 the merge and of its error, from factors in memory to factors in memory; the first run is not counted (it imports).
+Beside it stands the processor time of all threads, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations
@@ -47,17 +48,19 @@ def measure(name: str, parts: Sequence[Part], rounds: int) -> dict[str, Any]:
     merger = load_merger(name)
     options = merger.options()
     made = merger.merge(parts, options, 0)
-    seconds = []
+    seconds, busy = [], []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         made = merger.merge(parts, options, 0)
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - cpu)
     summed = stack(parts)
     return {
         "method": name,
         "seconds": statistics.median(seconds),
         "least": min(seconds),
         "most": max(seconds),
+        "cpu_seconds": statistics.median(busy),
         "target": TARGETS.get(name),
         "rank": made.rank,
         "error": made.error,
@@ -111,8 +114,8 @@ def _line(row: dict[str, Any]) -> str:
     target = "" if row["target"] is None else f"  (target {row['target']:g} s)"
     return (
         f"{row['method']:<16} {row['threads']} thread{'s' if row['threads'] > 1 else ' '}  {row['seconds']:6.3f} s "
-        f"[{row['least']:.3f}, {row['most']:.3f}]  rank {row['rank']:>3}  error {error}  "
-        f"distance to the weighted sum {row['distance']:.3f}{target}"
+        f"[{row['least']:.3f}, {row['most']:.3f}]  cpu {row['cpu_seconds']:6.3f} s  rank {row['rank']:>3}  "
+        f"error {error}  distance to the weighted sum {row['distance']:.3f}{target}"
     )
 
 

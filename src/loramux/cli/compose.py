@@ -13,6 +13,7 @@ from loramux.cli.output import JsonOption, emit, only_json, table
 from loramux.errors import LoramuxError
 
 SHOWN = 12  # linears in the table; the file has all
+NOTHING = 1e-6  # what is lost by rounding alone is not listed
 
 
 def compose(
@@ -150,15 +151,17 @@ def _show_merge(result: dict[str, Any]) -> None:
             [name, *line] for name, line in zip(alike["names"], alike["overall"], strict=True)
         ]
         table("Cosine of the products", ("adapter", *alike["names"]), cosines)
-    worst = sorted(result["sites"], key=lambda row: -(row["error"] or row["distance"] or 0))
-    shown = [[row["site"], row["rank"], row["error"], row["distance"]] for row in worst[:SHOWN]]
-    overall = [
-        _range(result["rank"]),
-        *((result[k] or {}).get("mean") for k in ("error", "distance")),
-    ]
-    shown.append([f"all {len(worst)}: range, mean, mean", *overall])
+    costs = sorted(result["sites"], key=_cost, reverse=True)
+    worst = [row for row in costs[:SHOWN] if _cost(row) > NOTHING]
+    shown = [[row["site"], row["rank"], row["error"], row["distance"]] for row in worst]
+    means = [(result[key] or {}).get("mean") for key in ("error", "distance")]
+    shown.append([f"all {len(costs)}: range, mean, mean", _range(result["rank"]), *means])
     columns = ("linear", "rank", "error", "distance to the sum")
     table("Rank kept and what it costs (worst first)", columns, shown)
+
+
+def _cost(row: dict[str, Any]) -> float:
+    return float(row["error"] or row["distance"] or 0)
 
 
 def _range(rank: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ def report(
         str | None,
         typer.Option(metavar="TEXT", help="Draw the gates over this text, token by token."),
     ] = None,
-    task: Annotated[
+    task_name: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Of the sentence, for routers that go by tasks."),
     ] = None,
@@ -47,7 +47,7 @@ def report(
 
     with only_json(json):
         result = make_report(
-            folder, out, base=base, sentence=sentence, task=task, data=data or (), rows=rows
+            folder, out, base=base, sentence=sentence, task=task_name, data=data or (), rows=rows
         )
     emit(result, json, _show)
     if open_it:

@@ -69,7 +69,9 @@ def _differences(axes: Any, entries: Entries, reference: str) -> None:
         )
     axes.set_yticks(range(len(entries)), [])
     axes.set_ylim(len(entries) - 0.4, -0.6)
-    axes.set_xlabel(f"minus {reference}, 95 % interval over test rows")
+    axes.set_xlabel(
+        f"minus {reference}, 95 % interval over test rows\ngreen above, red below, grey not separated"
+    )
 
 
 def _prices(axes: Any, entries: Entries) -> None:

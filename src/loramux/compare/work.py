@@ -113,5 +113,6 @@ def measured(work: Work, adapter: Path | None) -> Found:
     if handle is not None:
         (entry,) = handle.adapters.values()
         found["active"] = round(active_parameters(entry, handle.routing()))
-        found["decode"] = decode_cost(bare, model, work["decode_rounds"])
+        with handle.batch(tasks=[next(iter(work["tests"]))]):  # some adapters go by the task
+            found["decode"] = decode_cost(bare, model, work["decode_rounds"])
     return found

@@ -108,7 +108,7 @@ def twin_of(cache: Any, past_length: int) -> Any:
 
 
 class _Twinned:
-    """What changes the cache, other than a forward pass, changes its twin too."""
+    """What changes the cache, other than a forward pass, changes its twin too; a cache that was reset gets a new one."""
 
     loramux_twin: Any
 
@@ -127,10 +127,6 @@ class _Twinned:
     def batch_select_indices(self, *args: Any, **kwargs: Any) -> Any:
         self.loramux_twin.batch_select_indices(*args, **kwargs)
         return super().batch_select_indices(*args, **kwargs)  # type: ignore[misc]
-
-    def reset(self) -> None:
-        self.loramux_twin.reset()
-        super().reset()  # type: ignore[misc]
 
 
 @functools.cache

@@ -85,9 +85,7 @@ def _tasks(rows: Sequence[Sequence[Example]]) -> tuple[str | None, ...]:
     """Row after row, every row with as many entries as the fullest has segments: None where it has fewer."""
     most = max(map(len, rows))
     return tuple(
-        row[segment].task if segment < len(row) else None
-        for row in rows
-        for segment in range(most)
+        row[segment].task if segment < len(row) else None for row in rows for segment in range(most)
     )
 
 

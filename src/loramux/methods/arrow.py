@@ -87,20 +87,16 @@ class Prototypes(Router):
         wide = torch.float64 if view.x_ND.dtype == torch.float64 else torch.float32
         score_NE = (view.x_ND.to(wide) @ self.prototypes.to(wide).T).abs()
         logits_NE = score_NE / self.temperature
-        open_E = torch.tensor(self.present, device=logits_NE.device)
-        if view.mask_E is not None:
-            open_E = open_E & view.mask_E
-        logits_NE = logits_NE.masked_fill(~open_E, float("-inf"))
-        k = min(self.top_k, int(open_E.sum()))
+        k = self.top_k
+        if view.mask_E is not None or not all(self.present):
+            open_E = torch.tensor(self.present, device=logits_NE.device)
+            open_E = open_E if view.mask_E is None else open_E & view.mask_E
+            logits_NE = logits_NE.masked_fill(~open_E, float("-inf"))
+            k = min(k, int(open_E.sum()))
         slot_NK = top_k_stable(logits_NE, k)
         weight_NK = logits_NE.gather(1, slot_NK).softmax(-1)
         view.record(
-            columns=self.names,
-            weight=weight_NK,
-            slot=slot_NK,
-            probs=logits_NE.softmax(-1).nan_to_num(0.0),  # no expert may be left by a mask
-            logits=logits_NE,
-            valid=view.valid_N,
+            columns=self.names, weight=weight_NK, slot=slot_NK, logits=logits_NE, valid=view.valid_N
         )
         return Route(slot=slot_NK, weight=weight_NK)
 

@@ -15,6 +15,7 @@ kept and all hyperparameters below are ours, and nothing here is the paper's sco
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from loramux.core.types import Expert, Site
 from loramux.core.values import check_whole
 from loramux.methods.lora import LoraConfig
 
+log = logging.getLogger(__name__)
 PROBE = "probe/adapter"  # beside the setting, in the folder of the run that made both
 N_KEEP = 2  # ours: the smallest number that the abstract's plural allows
 WITHOUT_DATA = ("random", "fixed")
@@ -160,6 +162,7 @@ class FanLoRAMethod(Method):
                 for names in names_by_layer(sites)
             ]
             return _at(sites, choose(scores, config.n_keep or N_KEEP, config.per))
+        log.info("no setting is named: this adapter is the probe, LoRA on every targeted linear")
         return list(sites)
 
     def _matching_rank(self, sites: Sequence[Site], kept: Sequence[Site]) -> int | None:

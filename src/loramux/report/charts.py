@@ -88,7 +88,7 @@ def heat_maps(
             _numbers(axis, table, scale, (low, high))
         if title:
             axis.set_title(short(title, 34), fontsize=10)
-        _ticks(axis, columns, own, tall)
+        _ticks(axis, columns, own, tall, 64 if across == 1 else 26)
         axis.grid(visible=False)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
@@ -181,9 +181,9 @@ def _three_digits(limits: tuple[float, float]) -> str:
     return f".{min(max(0, 2 - math.floor(math.log10(most))), 6)}f"
 
 
-def _ticks(axis: Any, columns: Axis, rows: Axis, tall: int) -> None:
+def _ticks(axis: Any, columns: Axis, rows: Axis, tall: int, most_slanted: int) -> None:
     width = len(columns.labels)
-    most = 26 if columns.slanted else 16
+    most = most_slanted if columns.slanted else 16
     at = _spread(width, most if width > most else width)
     axis.set_xticks(at, [short(columns.labels[i], 22) for i in at])
     axis.tick_params(axis="x", length=0)

@@ -189,7 +189,7 @@ def _layers_picture(tokens: Sequence[str], gates: Sequence[Gates]) -> Picture:
         [("", table)],
         Axis(router_names([entry.path for entry in gates]), "router"),
         Axis(_words(tokens), slanted=True),
-        Scale("entropy (0 decided, 1 undecided)", high=1.0, number=".2f"),
+        Scale("entropy (0 decided, 1 undecided)", low=None, high=1.0, number=".2f"),
     )
     alt = f"Entropy of {len(gates)} routers over {len(tokens)} tokens, from {table.min():.2f} to {table.max():.2f}."
     rows = [

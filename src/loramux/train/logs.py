@@ -45,7 +45,7 @@ class RoutingLog(Listener):
         if event.job in self._every and not last and event.step % self._every[event.job]:
             return
         stats = router_stats(trainer.handle.routing(event.job))
-        every = self._every.setdefault(event.job, _period(stats, event.num_steps))
+        every = self._every.setdefault(event.job, log_period(stats, event.num_steps))
         if not stats or (event.step % every and not last):
             return
         runner = next(runner for runner in trainer.runners if runner.job.name == event.job)
@@ -91,7 +91,7 @@ def _pairs(stat: RouterStat) -> list[list[Any]]:
     return [[at // width, at % width, round(share, DIGITS)] for at, share in found if share > 0]
 
 
-def _period(stats: Sequence[RouterStat], num_steps: int) -> int:
+def log_period(stats: Sequence[RouterStat], num_steps: int) -> int:
     """Steps between lines; 0 where there is no router."""
     numbers = sum(len(stat.share) + min(MAX_PAIRS, len(stat.share) ** 2 // 2) for stat in stats)
     if numbers == 0:

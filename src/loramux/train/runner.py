@@ -180,6 +180,8 @@ class JobRunner:
         return Schedule(self.num_steps, per_epoch, self.peak_lr)
 
     def _edit(self, act: Callable[[], list[dict[str, Any]]]) -> None:
+        if self.control.controller is None:
+            return
         # A copy, so that a controller that draws from torch's generators draws the same in a resumed run.
         with running_with(dict(self.rng), self.device):
             edits = act()
