@@ -20,6 +20,7 @@ from loramux.formats.scaling import site_scaling
 from pico import build_pico
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+PAGE = Path(__file__).parent.parent.parent / "docs" / "compose.md"
 STATIC = [name for name in merger_names() if name != "lorahub"]
 
 
@@ -319,6 +320,7 @@ def test_every_merging_method_says_what_it_is():
         merger = load_merger(name)
         assert merger.name == name and merger.title and merger.rank
         assert merger.options() is not None
+        assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
 
 
 def test_svd_is_pefts_svd_without_its_dense_matrix(tmp_path: Path):

@@ -231,6 +231,17 @@ def test_what_is_not_there_is_named_with_the_way_to_it(tmp_path: Path) -> None:
         assert what in texts
 
 
+def test_records_that_were_changed_cost_their_section_only(tmp_path: Path) -> None:
+    rows = [{"step": 1, "columns": [["0"]], "routers": [{"path": 3, "share": "all"}]}]
+    edits = [{"step": "soon", "what": "prune", "ranks": {"a": "many"}}]
+    folder = write_run(tmp_path / "run", history=HISTORY[:2], routing=rows, edits=edits)
+    result = make_report(folder)
+    missing = {part["what"]: part["how"] for part in result["missing"]}
+    for what in ("Experts", "Ranks"):
+        assert "not as loramux writes them" in missing[what]
+    assert "Training" in result["sections"]
+
+
 def test_a_saved_adapter_alone_is_reported(mixture: Path, tmp_path: Path) -> None:
     result = make_report(mixture / "adapter", tmp_path / "deep" / "page.html")
     assert result["kind"] == "adapter"
@@ -249,7 +260,7 @@ def test_several_jobs_share_a_page(base: Path, tmp_path: Path) -> None:
     result = make_report(folder)
     found = records(Path(result["report"]))
     assert [job["name"] for job in found["jobs"]] == ["one", "two"]
-    assert set(found["history"]) == {"one", "two"}
+    assert set(found["history"]) == set(found["ranks"]) == {"one", "two"}
     assert "Experts of two" in result["sections"]
     assert "Experts of one" not in result["sections"]
 

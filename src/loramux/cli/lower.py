@@ -31,6 +31,9 @@ def lower(
     force: Annotated[
         bool, typer.Option("--force", help="Replace the adapter that is in --out.")
     ] = False,
+    check_base: Annotated[
+        bool, typer.Option("--check-base/--no-check-base", help="Refuse another base than its own.")
+    ] = True,
     json: JsonOption = None,
 ) -> None:
     """Write an adapter as one plain PEFT folder.
@@ -54,6 +57,7 @@ def lower(
             template=template,
             task=task,
             force=force,
+            check_base=check_base,
         )
     emit(result, json, _show)
 

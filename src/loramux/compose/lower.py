@@ -46,6 +46,7 @@ def lower_adapter(
     template: Any = None,
     task: str | None = None,
     force: bool = False,
+    check_base: bool = True,
 ) -> dict[str, Any]:
     """Write `adapter` as one plain PEFT adapter to `out`; returns what `lower.json` there holds, and `out`.
 
@@ -70,7 +71,7 @@ def lower_adapter(
         return _copy(source, folder)
     if base is None:
         raise LoramuxError(f"{adapter} is a mixture: its routers run on the base; give --base")
-    return _materialise(source, folder, base, prompt, template, task)
+    return _materialise(source, folder, base, prompt, template, task, check_base)
 
 
 def _is_plain(source: Path) -> bool:
@@ -108,13 +109,19 @@ def _facts(
 
 
 def _materialise(
-    source: Path, folder: Path, base: Any, prompt: str | None, template: Any, task: str | None
+    source: Path,
+    folder: Path,
+    base: Any,
+    prompt: str | None,
+    template: Any,
+    task: str | None,
+    check_base: bool,
 ) -> dict[str, Any]:
     import loramux
     from loramux.eval.loading import Loaded, load_model
 
     loaded = base if isinstance(base, Loaded) else load_model(base)
-    handle = loramux.load(loaded.model, source)
+    handle = loramux.load(loaded.model, source, check_base=check_base)
     try:
         (adapter,) = handle.adapters.values()
         _refuse_per_token(adapter, source)

@@ -108,7 +108,7 @@ def twin_of(cache: Any, past_length: int) -> Any:
 
 
 class _Twinned:
-    """What changes the cache, other than a forward pass, changes its twin too; a cache that was reset gets a new one."""
+    """What changes the cache, other than a forward pass, changes its twin too; after a reset it gets a new one."""
 
     loramux_twin: Any
 

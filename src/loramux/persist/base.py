@@ -105,7 +105,7 @@ class BaseIdentity:
         return digest.hexdigest()
 
     def marks(self, paths: Iterable[str]) -> dict[str, str]:
-        """The same sample of every linear by itself, shortened: tells apart the bases of adapters with other targets."""
+        """The same sample of each linear by itself, shortened: tells apart the bases of adapters with other targets."""
         self.sample(paths)
         return {
             path: hashlib.sha256(head).hexdigest()[:16]

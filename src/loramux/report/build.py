@@ -6,7 +6,8 @@ rows need the base, because routing depends on what is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from loramux.report.ranks import rank_section
 from loramux.report.records import FolderRecord, JobRecord, ReportError, read_folder
 from loramux.report.training import is_fusion, loss_section, tiles, trained_section
 
+log = logging.getLogger(__name__)
 MOST_JOBS = 6  # drawn in full; of more, tables and curves only
 NAME = "run_report.html"
 
@@ -64,16 +66,14 @@ def build_report(record: FolderRecord, ask: Ask | None = None) -> Report:
     report = Report(f"Report of the {record.kind} {named}", settings=_settings(record))
     report.records |= {"folder": named, "kind": record.kind}
     if record.kind == "comparison":
-        for part in comparison_sections(record.rows, record.summary):
-            report.add(part)
+        _add(report, "Comparison", comparison_sections, record.rows, record.summary)
         return report
     report.tiles = tiles(record)
-    for part in trained_section(record):
-        report.add(part)
-    report.add(_score_section(record))
-    report.add(merge_section(record.provenance))
+    _add(report, "What was trained", trained_section, record)
+    _add(report, "Scores on tasks", _score_section, record)
+    _add(report, "Merge", merge_section, record.provenance)
     if record.kind != "merged adapter":
-        report.add(loss_section(record))
+        _add(report, "Loss curves", loss_section, record)
     for job in record.jobs[:MOST_JOBS]:
         _add_job(report, job, several=len(record.jobs) > 1)
     if len(record.jobs) > MOST_JOBS:
@@ -84,14 +84,26 @@ def build_report(record: FolderRecord, ask: Ask | None = None) -> Report:
     return report
 
 
+def _add(report: Report, what: str, section: Callable[..., Any], *given: Any) -> None:
+    """Add what `section` makes of records; those that are not as they were written cost their section only."""
+    try:
+        made = section(*given)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        log.debug("%s", what, exc_info=True)
+        reason = f"the folder's records for it are not as loramux writes them ({error!r:.200})"
+        made = Missing(what, f"{reason}; restore the file, or run anew")
+    for part in made if isinstance(made, list) else [made]:
+        report.add(part)
+
+
 def _add_job(report: Report, job: JobRecord, several: bool) -> None:
     of = f" of {job.name}" if several else ""
-    routed = expert_section(job, f"Experts{of}")
     fusion = job.adapter is not None and is_fusion(job.adapter.method)
     # Gates over frozen adapters: their ranks are whatever those have.
-    report.add(None if fusion and not job.edits else rank_section(job, f"Ranks{of}"))
-    report.add(importance_section(job, f"Importance{of}"))
-    report.add(routed)
+    if job.edits or not fusion:
+        _add(report, f"Ranks{of}", rank_section, job, f"Ranks{of}")
+    _add(report, f"Importance{of}", importance_section, job, f"Importance{of}")
+    _add(report, f"Experts{of}", expert_section, job, f"Experts{of}")
 
 
 def _settings(record: FolderRecord) -> dict[str, Any]:

@@ -101,7 +101,12 @@ class Report:
     def add(self, part: Section | Missing | None) -> None:
         if isinstance(part, Section):
             self.sections.append(part)
-            self.records |= part.records
+            for key, value in part.records.items():
+                before = self.records.get(key)
+                # Sections of several jobs write under one key, each under its job's name.
+                if isinstance(before, dict) and isinstance(value, Mapping):
+                    value = {**before, **value}
+                self.records[key] = value
         elif part is not None:
             self.missing.append(part)
 
