@@ -56,6 +56,12 @@ class Fake:
         return {"scores": scores, "tokens": item.tokens, "train_seconds": 2.0, "trainable": 10}
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time and are looked at elsewhere."""
+    monkeypatch.setattr("loramux.compare.plot.save_plots", lambda result, stem: [])
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / ROWS).read_text().splitlines()]
 

@@ -161,7 +161,7 @@ class Group:
         if rows is not None and role != "plain":
             num_rows = rows.map.num_rows
         is_fused = self.is_fusable and num_rows <= pool.max_rows(
-            self.members, enters=role == "enter"
+            self.members, self.wiring.table, enters=role == "enter"
         )
         is_fused = is_fused and self._can_fuse(program, role)
         acting = rows if role != "plain" else None

@@ -1,4 +1,5 @@
-"""Attention over keys and values that lie in blocks of a pool: the definition in torch, and one call of C (paged.c).
+"""Attention over keys and values that lie in blocks of a pool: the definition in torch, one call of C (paged.c) on a
+CPU, Triton on a GPU (paged_triton.py).
 
 Both lie in a block as the kernel multiplies them, in pairs where numbers are bf16: two neighbours of a key side by
 side, then those of the next token; two tokens' values side by side, then the next numbers.
@@ -24,6 +25,7 @@ from loramux.ops.paged_kernel import (
     hold_rows,
     kernel,
 )
+from loramux.ops.paged_triton import attend_decodes, runs_triton
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,10 +197,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kv: LayerKV, rows: PagedRo
     query [1, H, N, D], key and value [1, G, N, D] with any strides. In the kernel where it runs, else in torch.
     """
     out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    layer = kv.cache.get("cpu")
+    layer = kv.cache.get("kernel")
     if layer is None:
-        layer = kv.cache["cpu"] = hold_layer(kv, query.shape[1]) if fits(kv) else "torch"
-    if isinstance(layer, HeldLayer):
+        layer = kv.cache["kernel"] = _choose(kv, query.shape[1])
+    if layer == "triton":
+        attend_decodes(query, key, value, kv, rows, out)
+    elif isinstance(layer, HeldLayer):
         _attend_in_kernel(query, key, value, kv, rows, out, layer)
         if layer.takes_pieces:
             return out
@@ -208,6 +212,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, kv: LayerKV, rows: PagedRo
     for piece in rows.pieces:
         out[0, piece.first : piece.end] = piece_torch(query, key, value, kv, piece)
     return out
+
+
+def _choose(kv: LayerKV, num_heads: int) -> HeldLayer | str:
+    if runs_triton(kv):
+        return "triton"
+    return hold_layer(kv, num_heads) if fits(kv) else "torch"
 
 
 def _attend_in_kernel(

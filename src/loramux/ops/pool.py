@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from loramux.ops.arena import ArenaTable
-from loramux.ops.choose import why_not
+from loramux.ops.choose import MAX_TRITON_ROWS, why_not
 from loramux.ops.contract import Pairs, RowMap
 from loramux.ops.cpu_structs import TYPES
 from loramux.ops.gates import LateCall
@@ -98,11 +98,16 @@ TILED_ROWS = 128  # AMX, before a block of W is turned for all rows
 NO_LIMIT = 1 << 31
 
 
-def max_rows(members: Sequence[Member], *, enters: bool = False) -> int:
+def max_rows(
+    members: Sequence[Member], table: SlotTable | None = None, *, enters: bool = False
+) -> int:
     """Up to how many rows of x `group_linear` is quicker than torch's linears and `apply_many`; 0: never.
 
-    Measured; `enters`: tokens become FFN rows.
+    Measured on CPUs; `enters`: tokens become FFN rows. On a device, decode steps are to run as calls that do not wait.
     """
+    if isinstance(table, ArenaTable):
+        weight = members[0].weight
+        return 0 if why_not("triton", weight.device, weight.dtype, False) else MAX_TRITON_ROWS
     if kernel().group is None or not _runs(members):
         return 0
     if kernel().variant != "amx" or members[0].weight.dtype is not torch.bfloat16:
