@@ -333,7 +333,7 @@ def test_where_the_kernel_takes_a_prompt_its_cuts_do_not_change_a_bit(
     shape = Shape(dtype=torch.bfloat16, window=window)
     prompt = make_prompt(shape, 150)
     whole = prompt.run()
-    layer = prompt.kv.cache["cpu"]
+    layer = prompt.kv.cache["kernel"]
     if not isinstance(layer, paged_kernel.HeldLayer) or not layer.takes_pieces:
         pytest.skip("pieces of prompts run in torch here")
     for cuts in ((16,), (7, 50, 98), (100, 149)):

@@ -1,4 +1,4 @@
-"""`loramux methods`: what can be trained here, and how trained adapters can be merged."""
+"""`loramux methods`: what can be trained, routed and merged here."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from typing import Any
 
 from loramux.cli.output import JsonOption, emit, only_json, table
 
-KEYS = ("name", "paper", "granularity", "routing_unit", "servability")
-MERGE_KEYS = ("name", "paper", "rank", "servability")
+KEYS = ("name", "paper", "granularity", "routing_unit", "servability", "recipe", "page")
+# Made of trained adapters by `compose`, ready without training.
+COMPOSED = ("arrow",)
+# Merging methods share a page, but for the one that is a paper of this field's own.
+OWN_PAGE = ("loralego",)
 
 
 def methods(json: JsonOption = None) -> None:
-    """List the methods: paper, granularity, routing unit and how each can be served; then the ways to merge adapters.
+    """List the methods: paper, granularity, routing unit, how each can be served, its recipe and its page.
 
     Example: loramux methods --json -
     """
@@ -19,12 +22,35 @@ def methods(json: JsonOption = None) -> None:
         from loramux.compose.mergers import list_mergers
         from loramux.methods import list_methods
 
-        result = {"methods": list_methods(), "merging": list_mergers()}
-    emit(result, json, _show)
+        found = [_trained(method) for method in list_methods()]
+        found += [_merged(merger) for merger in list_mergers()]
+    emit({"methods": found}, json, _show)
+
+
+def _trained(method: dict[str, str]) -> dict[str, str]:
+    name = method["name"]
+    recipe = _command(name) if name in COMPOSED else f"recipes/{name}.yaml"
+    return {**method, "recipe": recipe, "page": f"docs/methods/{name}.md"}
+
+
+def _merged(merger: dict[str, Any]) -> dict[str, str]:
+    name = merger["name"]
+    return {
+        "name": name,
+        "title": merger["title"],
+        "paper": merger["paper"],
+        "granularity": "adapters merged",
+        "routing_unit": "none",
+        "servability": merger["servability"],
+        "recipe": _command(name),
+        "page": f"docs/methods/{name}.md" if name in OWN_PAGE else "docs/compose.md",
+    }
+
+
+def _command(name: str) -> str:
+    return f"loramux compose {name} A B --out DIR"
 
 
 def _show(result: dict[str, Any]) -> None:
     rows = [[method[key] for key in KEYS] for method in result["methods"]]
     table("Methods", [key.replace("_", " ") for key in KEYS], rows)
-    merging = [[merger[key] for key in MERGE_KEYS] for merger in result["merging"]]
-    table("Merging (loramux compose)", MERGE_KEYS, merging)

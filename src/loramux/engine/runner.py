@@ -8,10 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loramux.engine.attention import Paging
+from loramux.engine.attention import Paging, lay_out
+from loramux.engine.graph import DecodeGraphs
 from loramux.engine.program import Program
 from loramux.engine.sequence import Sequence, StepPlan
 from loramux.engine.wiring import Wiring
+from loramux.ops.paged import PagedRows
 
 
 class Runner:
@@ -20,32 +22,46 @@ class Runner:
     def __init__(self, model: nn.Module, wiring: Wiring, paging: Paging):
         self.model, self.wiring, self.paging = model, wiring, paging
         self.device = wiring.device
+        self.graphs: DecodeGraphs | None = None  # None: every step runs launch by launch
         self._kept: tuple[tuple[int, ...], Program] | None = None
 
     def run(self, plan: StepPlan) -> tuple[Tensor, list[Sequence]]:
         """(logits [L, V], the sequences they belong to). KV of all tokens of the plan lies in the pool afterwards."""
         program = self._program(plan)
+        samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
+        if self.graphs is not None and self.graphs.takes(program):
+            return self.graphs.run(plan, program), samplers
+        self.paging.copy(plan)
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        samplers: list[Sequence] = []
         for chunk in plan.chunks:
             end = chunk.start + chunk.count
             tokens += chunk.sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             if chunk.samples:
                 wanted.append(len(tokens) - 1)
-                samplers.append(chunk.sequence)
+        logits = self.forward(
+            program,
+            lay_out(plan.chunks, self.paging.pool),
+            torch.tensor([tokens], device=self.device),
+            torch.tensor([positions], device=self.device),
+            # Without samplers the last row is computed and dropped: 0 would mean all rows.
+            torch.tensor(wanted or [len(tokens) - 1], device=self.device),
+        )
+        program.settle()
+        return logits[0, : len(wanted)], samplers
+
+    def forward(
+        self, program: Program, rows: PagedRows, ids: Tensor, positions: Tensor, keep: Tensor | int = 0
+    ) -> Tensor:
+        """Logits [1, L, V] of the rows `keep`, 0 meaning all, of ids and positions [1, N]."""
         try:
-            self.paging.begin(plan)
+            self.paging.begin(rows)
             self.wiring.begin(program)
             with torch.inference_mode():
                 out = self.model(
-                    input_ids=torch.tensor([tokens], device=self.device),
-                    position_ids=torch.tensor([positions], device=self.device),
-                    use_cache=False,
-                    # Without samplers the last row is computed and dropped: 0 would mean all rows.
-                    logits_to_keep=torch.tensor(wanted or [len(tokens) - 1], device=self.device),
+                    input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep
                 )
         except BaseException:
             self.wiring.forget()
@@ -53,8 +69,8 @@ class Runner:
         finally:
             self.wiring.end()
             self.paging.end()
-        program.settle()
-        return out.logits[0, : len(wanted)], samplers
+        logits: Tensor = out.logits
+        return logits
 
     def _program(self, plan: StepPlan) -> Program:
         key = tuple(chunk.sequence.order for chunk in plan.chunks)
@@ -70,5 +86,7 @@ class Runner:
         return program
 
     def forget(self) -> None:
-        """Nothing runs: what the last step held may go."""
+        """Nothing runs: what the last step held may go, and so may captured steps."""
         self._kept = None
+        if self.graphs is not None:
+            self.graphs.forget()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Shares are a curve per layer and expert: hundreds of numbers, written less often than the losses.
 SHARE_STEPS = 10
+FEW_ROUTERS = 64  # of more, a router at every linear, even the summaries take a tenth of a second
 
 
 class TensorBoard(Listener):
@@ -44,7 +45,9 @@ class TensorBoard(Listener):
             "train/tokens_per_second": event.tokens_per_second,
         }
         shares = event.step % SHARE_STEPS == 0 or event.step in (1, event.num_steps)
-        values |= router_metrics(trainer.handle.routing(event.job), shares=shares)
+        records = trainer.handle.routing(event.job)
+        if shares or len(records) <= FEW_ROUTERS:
+            values |= router_metrics(records, shares=shares)
         for name, value in values.items():
             self._writers[event.job].add_scalar(name, value, event.step)
 

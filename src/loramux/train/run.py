@@ -1,7 +1,8 @@
 """From a recipe to trained adapters in a folder: base, data, methods, training, results.
 
-The folder: run.json (the resolved recipe), checkpoints/, tensorboard/, history.json, edits.json (of methods that edit
-ranks), best/, adapter/, result.json; with several jobs the four before result.json lie in a folder per job.
+The folder: run.json (the resolved recipe), checkpoints/, tensorboard/, history.json, routing.jsonl (of methods with
+routers), edits.json (of methods that edit ranks), best/, adapter/, result.json; with several jobs the five before
+result.json lie in a folder per job.
 """
 
 from __future__ import annotations
