@@ -78,6 +78,8 @@ def _show(result: dict[str, Any]) -> None:
 
     for name, part in result["parts"].items():
         lines = [_line(entry) for entry in part["methods"]]
+        if not lines:
+            continue
         table(f"{TITLES[name]}; differences are to {part['reference']}", LINES, lines)
     _show_gaps(result)
 

@@ -17,6 +17,8 @@ def markdown(result: Result) -> str:
     """Everything a page of results needs, as text."""
     blocks = [_head(result)]
     for name, part in result["parts"].items():
+        if not part["methods"]:
+            continue
         blocks += [f"## {TITLES[name]}", _about(part, result), _scores(part), _costs(part)]
     blocks += ["## Trainable parameters", _matched(result)]
     if result["absent"]:

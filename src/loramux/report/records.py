@@ -161,7 +161,7 @@ def read_adapter_record(folder: Path) -> AdapterRecord:
             mixture.base_name or None,
             {p: [_rank(e, p) for e in mixture.experts.values()] for p in mixture.sites},
             tuple(mixture.experts),
-            sum(_size(expert) for expert in mixture.experts.values()),
+            sum(map(_size, mixture.experts.values())) - _repeated(mixture),
             sum(tensor.numel() for tensor in mixture.router.values()),
             mixture.config,
         )
@@ -185,6 +185,17 @@ def _size(adapter: Any) -> int:
         + (0 if entry.magnitude is None else entry.magnitude.numel())
         for entry in adapter.sites.values()
     )
+
+
+def _repeated(mixture: Any) -> int:
+    """Numbers of an A that all experts of a site share (HydraLoRA): every expert's folder has them, training once."""
+    found = 0
+    for path in mixture.sites:
+        shared = [e.sites[path].a for e in mixture.experts.values() if path in e.sites]
+        first = shared[0]
+        if len(shared) > 1 and all(a.shape == first.shape and a.equal(first) for a in shared[1:]):
+            found += (len(shared) - 1) * first.numel()
+    return found
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
