@@ -84,6 +84,8 @@ def test_decode_holds_tenants_against_own_base_transformers_and_peft(results):
     assert target(result, e.GATED, e.BARE, 1) == 1.6
     for peer in (e.XLORA, e.ARROW):
         assert target(result, peer, e.BARE, 1) is None
+    how = result["machine"]["backends"]["decode steps of the engine"]
+    assert how == "launch by launch: the model is on cpu"
 
 
 def test_targets_of_a_batch_size_are_left_to_it():

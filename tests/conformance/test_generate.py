@@ -209,7 +209,10 @@ def test_every_variant_generates_the_same_in_a_new_process(make: Maker, tmp_path
         handle = make.attach(model, variant, backend="auto")
         folder = str(handle.save(tmp_path / variant.name))
         out = generated(model, return_dict_in_generate=True, output_logits=True, **GREEDY)
-        names = [name for name, _ in handle.adapters["default"].named_parameters()]
+        adapter = handle.adapters["default"]
+        names = [name for name, _ in adapter.named_parameters()]
+        if adapter.method.servability == "static":  # gates over ranks are saved folded
+            names = [name for name in names if ".gate." not in name]
         expected[folder] = (out.sequences.tolist(), out.logits[0], names)
         folders.append(folder)
     code = NEW_PROCESS.replace("IDS", str(IDS.tolist())).replace("MASK", str(LEFT.tolist()))

@@ -93,7 +93,7 @@ def test_lists_become_tuples_so_that_a_config_can_be_compared(name: str):
         ("mole", {"router_aux_loss_coef": -1}, "router_aux_loss_coef"),
         ("mole", {"adapters": "runs/one"}, "adapters must be a list of folders"),
         ("mole", {"granularity": "site"}, "granularity"),
-        ("mole", {"pool": "mean"}, "pool"),
+        ("mole", {"pool": "median"}, "pool"),
         ("mole", {"use_dora": True}, "use_dora"),
         ("mole", {"lora_dropout": 0.1}, "lora_dropout"),
     ],

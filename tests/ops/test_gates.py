@@ -13,6 +13,7 @@ from loramux.core.router import Router, RouteView
 from loramux.core.types import EVERYTHING
 from loramux.methods.mixlora import MixLoRAConfig, TokenRouter
 from loramux.methods.mole import LateGate as MoLEGate
+from loramux.methods.mole import MoLEConfig
 from loramux.ops.contract import Pairs, RowMap, Spans
 from loramux.ops.gates import LateCall, LateGate, TopKCall, TopKGate
 from loramux.ops.pool import Member, SlotTable, group_linear
@@ -211,7 +212,7 @@ def kernel_weights(gate: LateGate, rows: Rows, want: Tensor, t_NR: Tensor) -> No
 def mole_router() -> tuple[MoLEGate, Rows]:
     spans = Spans.packed([2, 4, 3], [0.5, 2.0, 1.0])
     rows = Rows(spans, torch.randn(9, 12), torch.randn(9, 20))
-    router = MoLEGate(3, 20, "token", ["a", "b", "c"])
+    router = MoLEGate(MoLEConfig(adapters=("a", "b", "c")), 20)
     router.bind(rows)
     torch.nn.init.normal_(router.weight)
     torch.nn.init.constant_(router.log_tau, 0.4)
@@ -278,7 +279,7 @@ def test_routers_that_no_kernel_can_run_say_so() -> None:
     dynamic = TokenRouter(MixLoRAConfig(routing_strategy="mixlora-dynamic"), WIDTH)
     assert dynamic.lowered() is None
     router, rows = mole_router()
-    pooled = MoLEGate(3, 20, "prompt_mean", router.names)
+    pooled = MoLEGate(MoLEConfig(adapters=router.names, pool="prompt_mean"), 20)
     pooled.bind(rows)
     assert pooled.lowered() is None
 

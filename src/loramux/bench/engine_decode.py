@@ -11,6 +11,7 @@ from loramux.bench import peers
 from loramux.bench.adapters import Tenants
 from loramux.bench.progress import Begin
 from loramux.bench.shape import Effort
+from loramux.bench.streams import how_decode_runs
 from loramux.bench.table import Compared, Measured, at_batch, compare
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ SUBJECTS: Mapping[int, tuple[str, ...]] = {1: ALONE, 8: SEVERAL, 32: MANY}
 
 def engine_rows(model: PreTrainedModel, tenants: Tenants, effort: Effort, begin: Begin) -> Measured:
     """Rows for every batch size of the effort; batch 1 is where single mixtures are compared with their peers."""
-    measured = Measured(absent=peers.not_here())
+    measured = Measured(
+        absent=peers.not_here(), choices={"decode steps of the engine": how_decode_runs(model)}
+    )
     for batch, context in effort.engine_shapes:
         setting = e.Setting(model, tenants, batch, context, effort.steps)
         names = SUBJECTS.get(batch, SEVERAL)

@@ -62,6 +62,13 @@ def build_engine(
     return engine
 
 
+def how_decode_runs(model: PreTrainedModel) -> str:
+    """Whether an engine over this model captures its decode steps."""
+    with build_engine(model, {}, batch=1, context=16) as engine:
+        off = engine.stats()["graphs"]["off"]
+    return f"launch by launch: {off}" if off else "captured as graphs where routers leave nothing open"
+
+
 def kv_mib(config: Any, tokens: int) -> int:
     """MiB of keys and values for that many tokens in bf16, half as many again and 16 MiB to spare."""
     heads = config.num_key_value_heads

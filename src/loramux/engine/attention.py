@@ -51,7 +51,11 @@ class Paging:
     def begin(self, plan: StepPlan) -> None:
         """Copies the blocks that the plan wants copied and takes over attention, until `end`."""
         self.pool.copy(plan.copies)
-        self.rows = lay_out(plan.chunks, self.pool)
+        self.serve(lay_out(plan.chunks, self.pool))
+
+    def serve(self, rows: PagedRows) -> None:
+        """Takes over attention for a forward of these rows, until `end`."""
+        self.rows = rows
         if self._own is None:
             self._own = [config._attn_implementation for config in self._configs]
             for config in self._configs:

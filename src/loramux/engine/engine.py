@@ -50,7 +50,8 @@ class Engine(Answers):
     max_prompt_tokens: prompt tokens of all requests in a step in which others decode, None for no limit of its own;
     it bounds the wait between two tokens of an answer.
     tenant_weights: shares of tenants that are not 1. fuse: run norms and rotary embeddings as one call each where
-    a probe shows the same numbers. Raises ValueError with what does not fit.
+    a probe shows the same numbers. cuda_graphs: capture decode steps on a GPU; on a CPU it
+    changes nothing. Raises ValueError with what does not fit.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine(Answers):
         block_size: int = 16,
         prefix_cache: bool = True,
         fuse: bool = True,
+        cuda_graphs: bool = True,
         tenant_weights: Mapping[str, float] | None = None,
         check_base: bool = True,
     ):
@@ -82,7 +84,7 @@ class Engine(Answers):
         self._parts: Parts = build_parts(
             base, tokenizer, dtype=dtype, kv_memory=kv_memory, adapter_memory=adapter_memory,
             slot_memory=slot_memory, max_slots=max_slots, block_size=block_size,
-            fuse=fuse, check_base=check_base,
+            fuse=fuse, cuda_graphs=cuda_graphs, check_base=check_base,
         )  # fmt: skip
         self.model, self.tokenizer = self._parts.model, self._parts.tokenizer
         self.store = self._parts.store
@@ -230,6 +232,9 @@ class Engine(Answers):
             drawn = dict(zip(samplers, sample(logits, samplers, self._parts.eos), strict=True))
             for sequence, got in drawn.items():
                 sequence.error = got.error
+            for chunk in plan.chunks:
+                if chunk.sequence.failure is not None:
+                    self.scheduler.fail(chunk.sequence, chunk.sequence.failure)
             self.scheduler.commit(plan, {sequence: got.token for sequence, got in drawn.items()})
         except BaseException:
             if self.scheduler.is_planned(plan):
@@ -238,7 +243,8 @@ class Engine(Answers):
                 self.scheduler.fail(chunk.sequence, "the step that held this request failed")
             raise
         # A sequence without a token ended in commit(), which left its last delta.
-        return [self._push(s, got) for s, got in drawn.items() if got.token is not None]
+        going = [(s, got) for s, got in drawn.items() if s.state == "running"]
+        return [self._push(s, got) for s, got in going]
 
     def _push(self, sequence: Sequence, got: Sampled) -> Delta:
         """Turn a token into text; what goes wrong there ends this sequence only."""
@@ -345,6 +351,7 @@ class Engine(Answers):
             "kv_blocks_free": self.blocks.num_free,
             "kv_blocks_cached": self.blocks.num_cached,
             "kv_bytes": self._parts.kv.nbytes,
+            "graphs": self._parts.graph_stats(),
         }
 
     def check_integrity(self) -> None:

@@ -20,18 +20,24 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loramux.engine.kv import KVPool
+from loramux.engine.probe import configs_of
 from loramux.engine.program import Program
 from loramux.engine.sequence import StepPlan
-from loramux.ops.choose import MAX_TRITON_ROWS
+from loramux.engine.wiring import Wiring
+from loramux.ops.choose import MAX_TRITON_ROWS, why_not
 from loramux.ops.contract import Pairs
 from loramux.ops.paged import PagedRows
 from loramux.ops.paged_triton import KEY, DecodeTable
 from loramux.ops.pool_triton import Destinations, set_destinations
+from loramux.ops.triton import is_interpreted
 
+SPARE = (0, 0, -1, 0)  # id, position, place, length of a row that is nobody's
 MAX_GRAPHS = 64  # of one engine; the longest unused goes
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+LENGTH_BOUND = ("dynamic", "longrope")  # rope types that look at positions on the host
 Work = Callable[[], Tensor]
 Forward = Callable[[Program, PagedRows, Tensor, Tensor], Tensor]
 
@@ -61,7 +67,8 @@ class CudaCapture:
                 work()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Only this thread is watched: adapters are read by another one meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 out = work()
 
         def replay() -> Tensor:
@@ -139,25 +146,29 @@ class Step:
         )
         self.rows = PagedRows(self.numbers[2], none, none, none, none, cache={KEY: table})
         self.replay: Work | None = None
-        self._held: Program | None = None
+        self.held: Program | None = None
 
     def fill(self, plan: StepPlan, program: Program) -> None:
         """Write a step's numbers; pairs only where they are not those of the step before."""
         size, count = self.pool.block_size, len(plan.chunks)
-        numbers = torch.zeros(4, self.numbers.shape[1], dtype=torch.int64)
-        numbers[2] = -1
         owned = [chunk.sequence.blocks[: chunk.start // size + 1] for chunk in plan.chunks]
-        blocks = torch.zeros(count, max(map(len, owned)), dtype=torch.int32)
-        for row, (chunk, own) in enumerate(zip(plan.chunks, owned, strict=True)):
-            place = own[chunk.start // size] * size + chunk.start % size
-            token = chunk.sequence.tokens[chunk.start]
-            numbers[:, row] = torch.tensor((token, chunk.start, place, chunk.start + 1))
-            blocks[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
-        self.numbers.copy_(numbers)
-        self.blocks[:count, : blocks.shape[1]] = blocks.to(self.blocks.device)
-        if program is not self._held:
+        width = max(map(len, owned))
+        rows = [
+            (
+                chunk.sequence.tokens[at := chunk.start],
+                at,
+                own[at // size] * size + at % size,
+                at + 1,
+            )
+            for chunk, own in zip(plan.chunks, owned, strict=True)
+        ]
+        rows += [SPARE] * (self.numbers.shape[1] - count)
+        self.numbers.copy_(torch.tensor(rows).T)
+        blocks = torch.tensor([own + [0] * (width - len(own)) for own in owned], dtype=torch.int32)
+        self.blocks[:count, :width] = blocks.to(self.blocks.device)
+        if program is not self.held:
             self.program.take(program)
-            self._held = program
+            self.held = program
 
 
 class DecodeGraphs:
@@ -211,8 +222,30 @@ class DecodeGraphs:
             self._steps.popitem(last=False)
 
     def forget(self) -> None:
-        """Drop all graphs and their tensors."""
-        self._steps.clear()
+        """Nothing runs: programs hold contents, which may go. What was captured stays."""
+        for step in self._steps.values():
+            step.held = None
+
+
+def why_not_captured(model: nn.Module, wiring: Wiring) -> str:
+    """Empty if decode steps of this model can be captured, else the reason."""
+    weight = next(model.parameters())
+    if weight.device.type != "cuda" and not is_interpreted():
+        return f"the model is on {weight.device.type}"
+    obstacle = why_not("triton", weight.device, weight.dtype, needs_grad=False)
+    if obstacle:
+        return obstacle
+    if not all(group.is_fusable for group in wiring.groups):
+        return "linears are quantised, or of a dtype that the adapters' kernels do not compute"
+    for config in configs_of(model):
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        if any(getattr(config, name, None) for name in EXPERT_COUNTS):
+            return (
+                "the base is a mixture of experts, which may wait for the host to read its routes"
+            )
+        if any(f"'{kind}'" in str(rope) for kind in LENGTH_BOUND):
+            return "its rotary embedding depends on the longest sequence of the step"
+    return ""
 
 
 def _up(number: int) -> int:

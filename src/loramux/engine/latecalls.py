@@ -7,6 +7,7 @@ Letters: n tokens of an entry, E experts, R rank rows of an adapter at the site,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from loramux.engine.program import Entry, Program
 from loramux.ops.contract import Pairs
 from loramux.ops.gates import LateCall, LateGate
 
+log = logging.getLogger(__name__)
 Waiting = Sequence[tuple[Entry, LateUnit]]
 
 
@@ -140,7 +142,19 @@ def _ask(entry: Entry, router: Router, path: str, x_nD: Tensor) -> Route:
 
 
 def ask_router(entry: Entry, router: Router, own_nD: Tensor) -> Route:
-    """Run a router on the rows of one entry, as if it were alone."""
+    """Run a router on the rows of one entry, as if it were alone. If it fails it ends its own request only: its route
+    weighs nothing, and the engine reads the failure after the step.
+    """
+    if entry.sample.failure is None:
+        try:
+            return _run_router(entry, router, own_nD)
+        except Exception as error:
+            log.exception("request %s: a router failed", entry.sample.request_id)
+            entry.fail(f"the router of {entry.content.method.title} failed: {error}")
+    return Route(weight=torch.zeros(own_nD.shape[0], entry.width, device=own_nD.device))
+
+
+def _run_router(entry: Entry, router: Router, own_nD: Tensor) -> Route:
     n = own_nD.shape[0]
     device = own_nD.device
     prompt = torch.arange(n, device=device) < entry.prompt_left

@@ -13,6 +13,7 @@ from loramux.core.guards import check_bare
 from loramux.core.sites import find_sites
 from loramux.engine.attention import Paging
 from loramux.engine.fusing import fuse_model, shortcut_children
+from loramux.engine.graph import CudaCapture, DecodeGraphs, RunAgain, why_not_captured
 from loramux.engine.kv import KVPool
 from loramux.engine.probe import probe_model
 from loramux.engine.runner import Runner
@@ -21,6 +22,7 @@ from loramux.engine.store import AdapterStore
 from loramux.engine.wiring import Wiring
 from loramux.ops.arena import ArenaTable
 from loramux.ops.slots import SlotTable
+from loramux.ops.triton import is_interpreted
 from loramux.persist.base import digest_of_base
 
 
@@ -38,10 +40,20 @@ class Parts:
     store: AdapterStore
     runner: Runner
     undo: list[Callable[[], None]]
+    no_graphs: str  # why decode steps are not captured; empty: they are
+
+    def graph_stats(self) -> dict[str, Any]:
+        """How many sizes of decode step were captured and how many steps replayed one; `off`: why none is."""
+        graphs = self.runner.graphs
+        return {
+            "captured": 0 if graphs is None else graphs.captured,
+            "replayed": 0 if graphs is None else graphs.replayed,
+            "off": self.no_graphs,
+        }
 
     def close(self) -> None:
         self.store.close()
-        self.runner.forget()
+        self.runner.close()
         _undo(self.undo)
 
 
@@ -56,6 +68,7 @@ def build_parts(
     max_slots: int,
     block_size: int,
     fuse: bool,
+    cuda_graphs: bool,
     check_base: bool,
 ) -> Parts:
     """Raises ValueError with the model as it was."""
@@ -76,7 +89,9 @@ def build_parts(
     kv = KVPool(shape.kv, num_blocks, block_size, weight.dtype, weight.device)
     widths = [(site.d_in, site.d_out) for site in sites]
     table = SlotTable(widths, max_slots)
-    if weight.device.type != "cpu":  # rows are copied to the device, into room set aside for them
+    if (
+        weight.device.type != "cpu" or is_interpreted()
+    ):  # rows are copied there, into room set aside
         table = ArenaTable(widths, max_slots, sizes["slot_memory"], weight.device)
     store = AdapterStore(
         model, sites, memory_bytes=sizes["adapter_memory"], slot_bytes=sizes["slot_memory"],
@@ -96,17 +111,25 @@ def build_parts(
         if fuse:
             undo.append(shortcut_children(model))
         undo.append(_evaluating(model))
+        runner = Runner(model, wiring, paging)
+        max_length = getattr(text, "max_position_embeddings", None)
+        no_graphs = why_not_captured(model, wiring) if cuda_graphs else "cuda_graphs is off"
+        if not no_graphs:
+            width = min(num_blocks, -(-(max_length or num_blocks * block_size) // block_size))
+            capture = CudaCapture(weight.device) if weight.device.type == "cuda" else RunAgain()
+            runner.graphs = DecodeGraphs(runner.forward, kv, len(sites), width, capture)
         parts = Parts(
             model=model,
             tokenizer=tokenizer,
             base_digest=digest,
             vocab=int(text.vocab_size),
-            max_length=getattr(text, "max_position_embeddings", None),
+            max_length=max_length,
             eos=_eos_of(model, tokenizer),
             kv=kv,
             store=store,
-            runner=Runner(model, wiring, paging),
+            runner=runner,
             undo=undo,
+            no_graphs=no_graphs,
         )
     except BaseException:
         _undo(undo)

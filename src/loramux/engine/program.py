@@ -71,6 +71,10 @@ class Entry:
         routes: PromptRoutes = self.sample.routes
         return routes
 
+    def fail(self, message: str) -> None:
+        """End its request after this step; the others do not notice."""
+        self.sample.failure = message
+
     def is_decided(self) -> bool:
         """Whether its prompt routers have run already."""
         return self.sample.routes is not None and self.routes.done

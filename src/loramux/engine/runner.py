@@ -31,7 +31,7 @@ class Runner:
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         if self.graphs is not None and self.graphs.takes(program):
             return self.graphs.run(plan, program), samplers
-        self.paging.copy(plan)
+        self.paging.pool.copy(plan.copies)
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
@@ -53,11 +53,16 @@ class Runner:
         return logits[0, : len(wanted)], samplers
 
     def forward(
-        self, program: Program, rows: PagedRows, ids: Tensor, positions: Tensor, keep: Tensor | int = 0
+        self,
+        program: Program,
+        rows: PagedRows,
+        ids: Tensor,
+        positions: Tensor,
+        keep: Tensor | int = 0,
     ) -> Tensor:
         """Logits [1, L, V] of the rows `keep`, 0 meaning all, of ids and positions [1, N]."""
         try:
-            self.paging.begin(rows)
+            self.paging.serve(rows)
             self.wiring.begin(program)
             with torch.inference_mode():
                 out = self.model(
@@ -86,7 +91,11 @@ class Runner:
         return program
 
     def forget(self) -> None:
-        """Nothing runs: what the last step held may go, and so may captured steps."""
+        """Nothing runs: what the last step held may go. Captured steps stay."""
         self._kept = None
         if self.graphs is not None:
             self.graphs.forget()
+
+    def close(self) -> None:
+        self.forget()
+        self.graphs = None

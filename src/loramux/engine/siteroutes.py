@@ -66,10 +66,11 @@ def dense(route: Route, entry: Entry) -> Tensor:
     given_E = weight if slot is None else slot
     experts = width if given_E is None else given_E.shape[1]
     if experts > width:
-        raise ValueError(
+        entry.fail(
             f"{entry.content.method.title} routes {experts} experts as a sum inside an FFN block, where the engine "
             "expects rows; declare the router at the layer or at its sites"
         )
+        return torch.zeros(n, width)
     if slot is None and weight is None:
         return torch.ones(n, width)
     if slot is None:

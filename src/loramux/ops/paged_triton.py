@@ -1,9 +1,9 @@
 """Attention over the KV pool on a device: two Triton kernels, one that writes new keys and values, one that decodes.
 
-Nothing here waits for the device: what a step reads lies in tensors (slots, lengths, a table of blocks), so a step whose
-tensors stay where they are can be captured as a graph. A row without a place (slot -1) writes nothing, a decode of
-length 0 reads nothing and gives zeros: that is how a captured step is padded. The softmax is fp32, over the context in
-pieces of one size from the first token seen, so a row's bits do not depend on its neighbours.
+Nothing here waits for the device: what a step reads lies in tensors (slots, lengths, a table of blocks), so a step
+whose tensors stay where they are can be captured as a graph. A row without a place (slot -1) writes nothing, a decode
+of length 0 reads nothing and gives zeros: that is how a captured step is padded. The softmax is fp32, over the context
+in pieces of one size from the first token seen, so a row's bits do not depend on its neighbours.
 
 Letters: as in ops/paged.py; W blocks that a row of the table has room for.
 """
@@ -44,7 +44,7 @@ def runs_triton(kv: LayerKV) -> bool:
 def attend_decodes(
     query: Tensor, key: Tensor, value: Tensor, kv: LayerKV, rows: PagedRows, out: Tensor
 ) -> None:
-    """Writes keys and values of all rows into the pool, then the attention of the decoded rows into `out` [1, N, H, D]."""
+    """Writes keys and values of all rows into the pool, then the decoded rows' attention into `out` [1, N, H, D]."""
     from loramux.ops import paged_triton_kernels
 
     dtype = kv.keys_BGDTP.dtype

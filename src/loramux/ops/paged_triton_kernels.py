@@ -1,12 +1,14 @@
 """Triton source of the paged write and decode kernels, and their launches. Import only where Triton is wanted.
 
-Letters: n row of the step, s decode, h query head, g key/value head, d number of a head, c token of the context;
-BLOCK_x: how many a program takes at once.
+Arguments are annotated as Triton can look them up: it reads annotations when it compiles, and knows no `Any`.
+
+Letters: n row of the step, s decode, h query head, g key/value head, k and v number of a key and of a value, c token of
+the context; BLOCK_x: how many a program takes at once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
@@ -60,23 +62,23 @@ def decode(query_HND: Tensor, kv: LayerKV, table: DecodeTable, out_NHD: Tensor) 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _write_kernel(
-    key_at: Any,
-    value_at: Any,
-    keys_at: Any,
-    values_at: Any,
-    slot_at: Any,
-    key_head: Any,
-    key_row: Any,
-    key_step: Any,
-    value_head: Any,
-    value_row: Any,
-    value_step: Any,
-    keys_block: Any,
-    keys_head: Any,
-    values_block: Any,
-    values_head: Any,
-    key_dim: Any,
-    value_dim: Any,
+    key_at: tl.tensor,
+    value_at: tl.tensor,
+    keys_at: tl.tensor,
+    values_at: tl.tensor,
+    slot_at: tl.tensor,
+    key_head: tl.tensor,
+    key_row: tl.tensor,
+    key_step: tl.tensor,
+    value_head: tl.tensor,
+    value_row: tl.tensor,
+    value_step: tl.tensor,
+    keys_block: tl.tensor,
+    keys_head: tl.tensor,
+    values_block: tl.tensor,
+    values_head: tl.tensor,
+    key_dim: tl.tensor,
+    value_dim: tl.tensor,
     BLOCK_T: tl.constexpr,
     KEY_PACK: tl.constexpr,
     VALUE_PACK: tl.constexpr,
@@ -89,43 +91,51 @@ def _write_kernel(
     if slot >= 0:
         block = slot // BLOCK_T
         t = slot % BLOCK_T
-        d = tl.arange(0, BLOCK_K)
-        k = tl.load(key_at + g * key_head + n * key_row + d * key_step, mask=d < key_dim, other=0.0)
-        place = (d // KEY_PACK) * (BLOCK_T * KEY_PACK) + t * KEY_PACK + d % KEY_PACK
-        tl.store(keys_at + block * keys_block + g * keys_head + place, k, mask=d < key_dim)
-        d = tl.arange(0, BLOCK_V)
-        v = tl.load(
-            value_at + g * value_head + n * value_row + d * value_step, mask=d < value_dim, other=0.0
+        k = tl.arange(0, BLOCK_K)
+        key = tl.load(
+            key_at + g * key_head + n * key_row + k * key_step, mask=k < key_dim, other=0.0
         )
-        place = ((t // VALUE_PACK) * value_dim + d) * VALUE_PACK + t % VALUE_PACK
-        tl.store(values_at + block * values_block + g * values_head + place, v, mask=d < value_dim)
+        key_place = (k // KEY_PACK) * (BLOCK_T * KEY_PACK) + t * KEY_PACK + k % KEY_PACK
+        tl.store(keys_at + block * keys_block + g * keys_head + key_place, key, mask=k < key_dim)
+        v = tl.arange(0, BLOCK_V)
+        value = tl.load(
+            value_at + g * value_head + n * value_row + v * value_step,
+            mask=v < value_dim,
+            other=0.0,
+        )
+        value_place = ((t // VALUE_PACK) * value_dim + v) * VALUE_PACK + t % VALUE_PACK
+        tl.store(
+            values_at + block * values_block + g * values_head + value_place,
+            value,
+            mask=v < value_dim,
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode_kernel(
-    query_at: Any,
-    keys_at: Any,
-    values_at: Any,
-    out_at: Any,
-    row_at: Any,
-    length_at: Any,
-    blocks_at: Any,
-    query_head: Any,
-    query_row: Any,
-    query_step: Any,
-    out_row: Any,
-    out_head: Any,
-    out_step: Any,
-    table_row: Any,
-    keys_block: Any,
-    keys_head: Any,
-    values_block: Any,
-    values_head: Any,
-    key_dim: Any,
-    value_dim: Any,
-    scale: Any,
-    window: Any,
-    softcap: Any,
+    query_at: tl.tensor,
+    keys_at: tl.tensor,
+    values_at: tl.tensor,
+    out_at: tl.tensor,
+    row_at: tl.tensor,
+    length_at: tl.tensor,
+    blocks_at: tl.tensor,
+    query_head: tl.tensor,
+    query_row: tl.tensor,
+    query_step: tl.tensor,
+    out_row: tl.tensor,
+    out_head: tl.tensor,
+    out_step: tl.tensor,
+    table_row: tl.tensor,
+    keys_block: tl.tensor,
+    keys_head: tl.tensor,
+    values_block: tl.tensor,
+    values_head: tl.tensor,
+    key_dim: tl.tensor,
+    value_dim: tl.tensor,
+    scale: tl.tensor,
+    window: tl.tensor,
+    softcap: tl.tensor,
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,

@@ -20,6 +20,8 @@ from loramux.ops.arena import ArenaTable
 from loramux.ops.contract import Pairs, RowMap
 from loramux.ops.rows import fold_rows, to_rows
 
+KEY = "pool triton"
+
 
 class Linear(Protocol):
     @property
@@ -77,13 +79,18 @@ class Destinations:
     begin: Tensor
 
 
+def set_destinations(pairs: Pairs, known: Destinations) -> None:
+    """For pairs whose order somebody else keeps up to date."""
+    pairs.cache[KEY] = known
+
+
 def by_destination(pairs: Pairs) -> Destinations:
     """Worked out once per route; waits for the device then."""
-    held = pairs.cache.get("pool triton")
+    held = pairs.cache.get(KEY)
     if held is None:
         order = torch.argsort(pairs.dst, stable=True).to(torch.int32)
         count = torch.bincount(pairs.dst, minlength=pairs.num_dst)
         begin = torch.zeros(pairs.num_dst + 1, dtype=torch.int32, device=pairs.dst.device)
         begin[1:] = count.cumsum(0)
-        held = pairs.cache["pool triton"] = Destinations(order, begin)
+        held = pairs.cache[KEY] = Destinations(order, begin)
     return cast(Destinations, held)

@@ -3,6 +3,8 @@
 Rows are found by byte offsets in one arena that holds bf16 and fp32 side by side; ranks are walked 16 at a time, so
 that slots of any rank meet in one launch.
 
+Arguments are annotated as Triton can look them up: it reads annotations when it compiles, and knows no `Any`.
+
 Letters: p pair, d destination row, r rank row of a slot, i input, o output; BLOCK_x: how many a program takes at once.
 """
 
@@ -62,7 +64,14 @@ def expand(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _rows(half_at: Any, full_at: Any, start: Any, kind: Any, place: Any, mask: Any) -> Any:
+def _rows(
+    half_at: tl.tensor,
+    full_at: tl.tensor,
+    start: tl.tensor,
+    kind: tl.tensor,
+    place: tl.tensor,
+    mask: tl.tensor,
+) -> tl.tensor:
     """Numbers `place` behind byte `start` of the arena (kind 0: fp32, 1: bf16), as fp32."""
     kinds = kind + place * 0  # a block: the interpreter takes no scalar in a mask
     half = tl.load(half_at + start // 2 + place, mask=mask & (kinds == 1), other=0.0).to(tl.float32)
@@ -72,21 +81,21 @@ def _rows(half_at: Any, full_at: Any, start: Any, kind: Any, place: Any, mask: A
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _shrink_kernel(
-    t_at: Any,
-    x_at: Any,
-    half_at: Any,
-    full_at: Any,
-    src_at: Any,
-    slot_at: Any,
-    weight_at: Any,
-    gate_at: Any,
-    a_at: Any,
-    rank_at: Any,
-    type_at: Any,
-    scale_at: Any,
-    width: Any,
-    t_stride: Any,
-    gate_stride: Any,
+    t_at: tl.tensor,
+    x_at: tl.tensor,
+    half_at: tl.tensor,
+    full_at: tl.tensor,
+    src_at: tl.tensor,
+    slot_at: tl.tensor,
+    weight_at: tl.tensor,
+    gate_at: tl.tensor,
+    a_at: tl.tensor,
+    rank_at: tl.tensor,
+    type_at: tl.tensor,
+    scale_at: tl.tensor,
+    width: tl.tensor,
+    t_stride: tl.tensor,
+    gate_stride: tl.tensor,
     HAS_RANK_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -118,22 +127,22 @@ def _shrink_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand_kernel(
-    y_at: Any,
-    base_at: Any,
-    t_at: Any,
-    half_at: Any,
-    full_at: Any,
-    order_at: Any,
-    begin_at: Any,
-    src_at: Any,
-    slot_at: Any,
-    weight_at: Any,
-    b_at: Any,
-    gain_at: Any,
-    rank_at: Any,
-    type_at: Any,
-    width: Any,
-    t_stride: Any,
+    y_at: tl.tensor,
+    base_at: tl.tensor,
+    t_at: tl.tensor,
+    half_at: tl.tensor,
+    full_at: tl.tensor,
+    order_at: tl.tensor,
+    begin_at: tl.tensor,
+    src_at: tl.tensor,
+    slot_at: tl.tensor,
+    weight_at: tl.tensor,
+    b_at: tl.tensor,
+    gain_at: tl.tensor,
+    rank_at: tl.tensor,
+    type_at: tl.tensor,
+    width: tl.tensor,
+    t_stride: tl.tensor,
     HAS_BASE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,

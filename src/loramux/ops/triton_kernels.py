@@ -1,5 +1,7 @@
 """Triton source of the shrink and expand kernels, and their launches. Import only where Triton is wanted.
 
+Arguments are annotated as Triton can look them up: it reads annotations when it compiles, and knows no `Any`.
+
 Letters: p pair, d destination row, r rank row of a slot, i input, o output; BLOCK_x: how many a program takes at once.
 """
 
@@ -54,19 +56,19 @@ def expand(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _shrink_kernel(
-    t_at: Any,
-    x_at: Any,
-    a_at: Any,
-    src_at: Any,
-    slot_at: Any,
-    weight_at: Any,
-    gate_at: Any,
-    start_at: Any,
-    rank_at: Any,
-    scale_at: Any,
-    width: Any,
-    t_stride: Any,
-    gate_stride: Any,
+    t_at: tl.tensor,
+    x_at: tl.tensor,
+    a_at: tl.tensor,
+    src_at: tl.tensor,
+    slot_at: tl.tensor,
+    weight_at: tl.tensor,
+    gate_at: tl.tensor,
+    start_at: tl.tensor,
+    rank_at: tl.tensor,
+    scale_at: tl.tensor,
+    width: tl.tensor,
+    t_stride: tl.tensor,
+    gate_stride: tl.tensor,
     HAS_RANK_WEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -98,16 +100,16 @@ def _shrink_kernel(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _expand_kernel(
-    y_at: Any,
-    t_at: Any,
-    b_at: Any,
-    order_at: Any,
-    begin_at: Any,
-    slot_at: Any,
-    start_at: Any,
-    rank_at: Any,
-    width: Any,
-    t_stride: Any,
+    y_at: tl.tensor,
+    t_at: tl.tensor,
+    b_at: tl.tensor,
+    order_at: tl.tensor,
+    begin_at: tl.tensor,
+    slot_at: tl.tensor,
+    start_at: tl.tensor,
+    rank_at: tl.tensor,
+    width: tl.tensor,
+    t_stride: tl.tensor,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ) -> None:
