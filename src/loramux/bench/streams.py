@@ -66,7 +66,9 @@ def how_decode_runs(model: PreTrainedModel) -> str:
     """Whether an engine over this model captures its decode steps."""
     with build_engine(model, {}, batch=1, context=16) as engine:
         off = engine.stats()["graphs"]["off"]
-    return f"launch by launch: {off}" if off else "captured as graphs where routers leave nothing open"
+    return (
+        f"launch by launch: {off}" if off else "captured as graphs where routers leave nothing open"
+    )
 
 
 def kv_mib(config: Any, tokens: int) -> int:

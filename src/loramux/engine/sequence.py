@@ -40,7 +40,9 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: str | None = None
-    failure: str | None = None  # what went wrong with it in the step that runs, and with nothing else there
+    failure: str | None = (
+        None  # what went wrong with it in the step that runs, and with nothing else there
+    )
     preemptions: int = 0
     arrived_at: float = 0.0
     started_at: float | None = None
