@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 import loramux
 from core.gated import Gated, adapter
-from loramux.core.bank import fresh_rows
+from loramux.core import bank
+from loramux.core.bank import dora_gain, fresh_rows
 from loramux.core.types import Expert, Site
 from pico import build_pico
 
@@ -175,3 +176,29 @@ def test_experts_that_share_an_a_need_one_rank_and_no_dora():
         fresh_rows(site, [Expert(2, 1.0), Expert(3, 1.0)], tied=2).to("cpu")
     with pytest.raises(ValueError, match="DoRA"):
         fresh_rows(site, [Expert(2, 1.0)] * 2, tied=2, magnitude_O=torch.ones(5))
+
+
+def test_a_dora_gain_is_worked_out_once_and_follows_what_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    calls: list[int] = []
+    monkeypatch.setattr(bank, "dora_gain", lambda *args: calls.append(1) or dora_gain(*args))
+    handle = loramux.attach(build_pico("llama"), loramux.LoraConfig(r=3, use_dora=True))
+    rows = handle.adapters["default"].rows
+    for parameters in rows.values():
+        torch.nn.init.normal_(parameters.b)
+    with torch.no_grad():
+        trained = logits(handle)
+        logits(handle)
+    assert len(calls) == 2 * len(rows)  # under training every time
+    handle.adapters["default"].set_trainable(False)
+    calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(handle), trained)
+        logits(handle)
+        assert len(calls) == len(rows)
+        first = next(iter(rows.values()))
+        first.magnitude.mul_(1.5)
+        changed = logits(handle)
+    assert len(calls) == len(rows) + 1
+    assert not torch.allclose(changed, trained)

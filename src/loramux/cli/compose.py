@@ -51,12 +51,17 @@ def compose(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE.jsonl ...", help="Examples for lorahub's search."),
+        typer.Option(
+            metavar="FILE.jsonl ...", help="Examples for lorahub's search; folders end the list."
+        ),
     ] = None,
     rows: Annotated[
-        int, typer.Option(min=1, metavar="N", help="The first N rows of each file.")
-    ] = 5,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+        int | None,
+        typer.Option(min=1, metavar="N", help="lorahub: the first N rows of each file, else 5."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of everything random in a merge.", show_default="0")
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the adapter that is in --out.")
     ] = False,
@@ -77,9 +82,10 @@ def compose(
         if method not in merger_names():
             from loramux.compose.routed import compose_router
 
-            unused = _given(weights=weights, data=data, lam=None if lam == 1 else lam)
+            lam_given = None if lam == 1 else lam
+            unused = _given(weights=weights, data=data, rows=rows, seed=seed, **{"lambda": lam_given})
             result = compose_router(
-                method, adapters, out, base=base, force=force, unused=list(unused), **options
+                method, adapters, out, base=base, force=force, unused=list(unused), options=options
             )
         else:
             from loramux.compose.run import compose_adapters
@@ -91,13 +97,13 @@ def compose(
                     out,
                     weights=weights,
                     lam=lam,
-                    seed=seed,
+                    seed=seed or 0,
                     base=base,
                     data=data or (),
                     rows=rows,
                     force=force,
                     advance=advance,
-                    **options,
+                    options=options,
                 )
     emit(result, json, _show)
 
@@ -114,7 +120,11 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
         key, found, value = setting.partition("=")
         if not found or not key.isidentifier():
             raise LoramuxError(f"--set takes KEY=VALUE, got {setting!r}")
-        options[key] = yaml.safe_load(value)
+        try:
+            options[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise LoramuxError(f"--set {setting}: the value is not readable as YAML ({why})") from None
     return options
 
 

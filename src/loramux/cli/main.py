@@ -34,11 +34,12 @@ from loramux.cli import eval as eval_
 from loramux.errors import LoramuxError
 
 DEBUG_ENV = "LORAMUX_DEBUG"
-# Options that take several values at once, and what such a value looks like.
+# Options that take several values at once, and what such a value looks like. After the first, a folder ends the files
+# of --data and a recipe or suite ends the words of --only: they are arguments of the verb.
 MANY = {
     "--data": re.compile(r"[^-]"),
     "--set": re.compile(r"[\w.-]+="),
-    "--only": re.compile(r"[^-]"),
+    "--only": re.compile(r"(?!.*\.ya?ml$)[^-]"),
     "--weights": re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?$"),
 }
 
@@ -119,8 +120,10 @@ def spread(argv: Sequence[str]) -> list[str]:
     many: str | None = None
     for arg in argv:
         if many is not None and MANY[many].match(arg):
-            out += [arg] if out[-1] == many else [many, arg]
-            continue
+            first = out[-1] == many
+            if first or many != "--data" or not os.path.isdir(arg):
+                out += [arg] if first else [many, arg]
+                continue
         out.append(arg)
         if arg.startswith("-") or many is None or out[-2] != many:
             many = arg if arg in MANY else None

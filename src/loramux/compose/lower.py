@@ -60,13 +60,11 @@ def lower_adapter(
         raise LoramuxError(
             f"no adapter folder at {str(adapter)!r}; give the folder of a saved adapter"
         )
-    folder = check_out(out, force)
-    if folder.resolve() == source.resolve():
-        raise LoramuxError("--out is the adapter itself; choose another folder")
+    folder = check_out(out, force, [source])
     if _is_plain(source):
-        if prompt is not None or task is not None:
+        if prompt is not None or task is not None or template is not None:
             raise LoramuxError(
-                f"{adapter} is static: it does the same for every prompt and task; leave them out"
+                f"{adapter} is static: it does the same for every prompt and task; leave out prompt, task and template"
             )
         return _copy(source, folder)
     if base is None:
@@ -157,7 +155,7 @@ def _materialise(
 def _refuse_per_token(adapter: Adapter, source: Path) -> None:
     if adapter.method.servability == "per_token":
         raise LoramuxError(
-            f"{source} is a {adapter.method.title}, which routes every token anew: no fixed weights do the same, so it "
+            f"{source} holds {adapter.method.title}, which routes every token anew: no fixed weights do the same, so it "
             "cannot be a plain adapter; serve the mixture itself with loramux, or merge its experts with `loramux "
             "compose`, which is another model"
         )

@@ -64,6 +64,7 @@ class Merger:
     weights    what an adapter weighs when nobody says: "one", or "mean" for 1/N
     signed     whether a weight may be negative
     searches   whether the weights come from a search on few-shot rows (then a base and data are needed)
+    sums       whether the result stands for the weighted sum, so that its distance from that sum says something
     """
 
     name: str
@@ -75,6 +76,7 @@ class Merger:
     weights: Literal["one", "mean"] = "mean"
     signed: bool = True
     searches: bool = False
+    sums: bool = True
 
 
 def default_rank(parts: Sequence[Part], rank: int | None) -> int:

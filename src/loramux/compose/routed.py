@@ -7,13 +7,12 @@ that start untrained (MoLE, LoRA-Flow, X-LoRA) begin with `loramux train`, which
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loramux.compose.mergers import merger_names
-from loramux.compose.write import check_out
+from loramux.compose.write import check_out, replace
 from loramux.errors import LoramuxError, suggest
-from loramux.formats.files import replace_folder
 
 UNTRAINED = ("arrow",)  # ready as soon as the adapters are read
 
@@ -26,27 +25,31 @@ def compose_router(
     base: Any = None,
     force: bool = False,
     unused: Sequence[str] = (),
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Attach the router to the base with these adapters and save the mixture; returns what was made."""
-    _check(method, unused)
+    """Attach the router to the base with these adapters and save the mixture; returns what was made.
+
+    Options of the method are given by name, or as a mapping. unused: what else was asked for, to be refused by name.
+    """
+    settings = {**(options or {}), **more}
+    _check(method, [*unused, *(key for key in ("name", "adapters") if key in settings)])
     if base is None:
         raise LoramuxError(
             f"{method} is a router over the adapters and is saved for its base; give --base"
         )
-    folder = check_out(out, force)
+    folder = check_out(out, force, adapters)
     import loramux
     from loramux.eval.loading import Loaded, load_model
 
     config = loramux.config_from_dict(
-        {"name": method, "adapters": [os.fspath(path) for path in adapters], **options}
+        {"name": method, "adapters": [os.fspath(path) for path in adapters], **settings}
     )
     loaded = base if isinstance(base, Loaded) else load_model(base)
     handle = loramux.attach(loaded.model, config)
     try:
         (adapter,) = handle.adapters.values()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(folder, lambda part: _save(handle, part))
+        replace(folder, lambda part: _save(handle, part))
         return {
             "out": str(folder),
             "method": method,

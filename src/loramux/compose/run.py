@@ -19,7 +19,7 @@ import torch
 
 from loramux.compose.algebra import distance, norm, stack
 from loramux.compose.mergers import load_merger
-from loramux.compose.parts import Merged, Merger
+from loramux.compose.parts import Merged, Merger, Part
 from loramux.compose.similarity import similarity
 from loramux.compose.sources import Source, parts_at, read_sources, union
 from loramux.compose.write import (
@@ -30,7 +30,7 @@ from loramux.compose.write import (
     versions,
     write_folder,
 )
-from loramux.core.values import check_whole, is_number
+from loramux.core.values import check_booleans, check_whole, is_number
 from loramux.errors import LoramuxError, suggest
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_SEED = 2**31
+ROWS = 5  # of each file, where a search reads examples
 Advance = Callable[[str], None]
 
 
@@ -60,21 +61,23 @@ def compose_adapters(
     seed: int = 0,
     base: Any = None,
     data: Sequence[str] = (),
-    rows: int = 5,
+    rows: int | None = None,
     force: bool = False,
     advance: Advance | None = None,
-    **options: Any,
+    options: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Merge saved LoRAs of one base into one plain PEFT adapter in `out`; returns what `compose.json` there holds.
 
-    method: a name of `compose.mergers`; options are that method's (rank, density, ...). weights: one per adapter, the
-    method's default without. lam multiplies the merged change. base (folder, fetch name or hub id): also checks that
-    the adapters belong to it; needed, with data (task files, the first `rows` rows of each), by methods that search.
+    method: a name of `compose.mergers`; its own options (rank, density, ...) are given by name, or as a mapping.
+    weights: one per adapter, the method's default without. lam multiplies the merged change. base (folder, fetch name
+    or hub id): also checks that the adapters belong to it; needed, with data (task files, the first `rows` (5) rows of
+    each), by methods that search.
     Raises LoramuxError (a ValueError) before anything is written.
     """
     start = time.perf_counter()
     merger = load_merger(method)
-    folder = check_out(out, force)
+    folder = check_out(out, force, adapters)
     made = compose_tensors(
         merger,
         read_sources(adapters),
@@ -85,7 +88,7 @@ def compose_adapters(
         data=data,
         rows=rows,
         advance=advance or _quiet,
-        options=options,
+        options={**(options or {}), **more},
     )
     made.facts["seconds"] = round(time.perf_counter() - start, 3)
     write_folder(folder, made.tensors, made.record, made.facts)
@@ -101,7 +104,7 @@ def compose_tensors(
     seed: int = 0,
     base: Any = None,
     data: Sequence[str] = (),
-    rows: int = 5,
+    rows: int | None = None,
     advance: Advance,
     options: Mapping[str, Any],
 ) -> Composed:
@@ -110,6 +113,9 @@ def compose_tensors(
     check_whole("seed", seed, least=0)
     if not is_number(lam):
         raise LoramuxError(f"lambda must be a finite number, got {lam!r}")
+    if not merger.searches and (data or rows is not None):
+        given = "data" if data else "rows"
+        raise LoramuxError(f"{merger.name} reads no examples; leave out {given} (lorahub searches on them)")
     model = _base_model(base, sources)
     search: dict[str, Any] = {}
     if merger.searches:
@@ -119,7 +125,9 @@ def compose_tensors(
             raise LoramuxError(
                 f"{merger.name} finds the weights itself; leave out weights and lambda"
             )
-        weights, search = find_weights(sources, model, data, rows, chosen, seed, advance)
+        weights, search = find_weights(
+            sources, model, data, ROWS if rows is None else rows, chosen, seed, advance
+        )
     used = _weights(merger, sources, weights)
     merged, table = _merge_all(merger, sources, used, lam, chosen, seed, advance)
     paths = list(merged)
@@ -151,7 +159,9 @@ def make_options(merger: Merger, given: Mapping[str, Any]) -> Any:
         if name not in known:
             what = suggest(name, known) if known else "it has no options"
             raise LoramuxError(f"{merger.name} has no option {name!r}; {what}")
-    return merger.options(**given)
+    made = merger.options(**given)
+    check_booleans(made)
+    return made
 
 
 def merge_site(
@@ -188,20 +198,25 @@ def _merge_all(
     table = []
     for path in union(sources):
         made = merge_site(merger, sources, path, weights, lam, options, seed)
-        summed = stack(parts_at(sources, path, [lam * weight for weight in weights]))
-        size = norm(*summed)
-        away = distance((made.a, made.b), summed)
+        wanted = parts_at(sources, path, [lam * weight for weight in weights])
         table.append(
             {
                 "site": path,
                 "rank": made.rank,
                 "error": made.error,
-                "distance": away / size if size > 0 else None,
+                "distance": _distance(made, wanted) if merger.sums else None,
             }
         )
         merged[path] = made
         advance(path)
     return merged, table
+
+
+def _distance(made: Merged, parts: Sequence[Part]) -> float | None:
+    """From the weighted sum, relative to it."""
+    summed = stack(parts)
+    size = norm(*summed)
+    return distance((made.a, made.b), summed) / size if size > 0 else None
 
 
 def _say_clamped(merger: Merger, options: Any, table: Sequence[Mapping[str, Any]]) -> None:

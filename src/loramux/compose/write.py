@@ -13,7 +13,7 @@ from typing import Any
 from loramux.compose.parts import Merged
 from loramux.compose.sources import Source, fp32, one_value
 from loramux.errors import LoramuxError
-from loramux.formats.files import replace_folder
+from loramux.formats.files import check_place, replace_folder
 from loramux.formats.jsonio import write_json
 from loramux.formats.mixture import is_mixture
 from loramux.formats.peft import CONFIG_NAME, write_peft
@@ -25,9 +25,22 @@ SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 PROVENANCE = "compose.json"
 
 
-def check_out(out: str | os.PathLike[str], force: bool) -> Path:
-    """The folder to write to; a full one only with `force`, and only where it holds an adapter already."""
+def check_out(
+    out: str | os.PathLike[str], force: bool, inputs: Sequence[str | os.PathLike[str]] = ()
+) -> Path:
+    """The folder to write to; a full one only with `force`, where it holds an adapter that is none of the inputs.
+
+    Raises before any work where nothing can be written there.
+    """
     folder = Path(out)
+    for given in inputs:
+        read = Path(given).resolve()
+        if folder.resolve() in (read, *read.parents):
+            what = "is" if folder.resolve() == read else "holds"
+            raise LoramuxError(
+                f"--out {folder} {what} the adapter {given} that is read; choose another folder"
+            )
+    check_place(folder)
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return folder
     if not force:
@@ -126,12 +139,15 @@ def write_folder(
             write_json(part / RECORD, dict(record))
         write_json(part / name, dict(provenance))
 
-    _replace(folder, fill)
+    replace(folder, fill)
 
 
-def _replace(folder: Path, fill: Callable[[Path], None]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    replace_folder(folder, fill)
+def replace(folder: Path, fill: Callable[[Path], None]) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(folder, fill)
+    except OSError as error:
+        raise LoramuxError(f"--out {folder} cannot be written: {error}") from None
 
 
 def versions() -> dict[str, str]:

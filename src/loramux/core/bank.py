@@ -67,6 +67,7 @@ class Rows(nn.Module):
         self.gate = gate
         self.tied = tied
         self._folded: tuple[object, Rows] | None = None
+        self._gain: tuple[object, Tensor] | None = None
         self.a = nn.Parameter(a, requires_grad=False)
         self.b = nn.Parameter(b, requires_grad=False)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude, requires_grad=False)
@@ -112,6 +113,16 @@ class Rows(nn.Module):
             old.a.data, old.b.data = a, self.b.detach()
             self._folded = (key, old)
         return self._folded[1]
+
+    def gain(self, weight_OI: Tensor) -> Tensor:
+        """`dora_gain`, worked out once where nothing is trained: it reads the whole frozen weight."""
+        own = [*self.parameters(), weight_OI]
+        if torch.is_grad_enabled() or any(p.requires_grad for p in own):
+            return dora_gain(self, weight_OI)
+        key = tuple((p.data_ptr(), p._version, p.dtype) for p in own if not p.is_inference())
+        if self._gain is None or self._gain[0] != key or len(key) < len(own):
+            self._gain = (key, dora_gain(self, weight_OI))
+        return self._gain[1]
 
     def _gated(self) -> Tensor:
         if self.gate is None:

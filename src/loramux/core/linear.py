@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from loramux.core.bank import Rows, dora_gain
+from loramux.core.bank import Rows
 from loramux.core.types import Site
 from loramux.ops import cpu, reference
 from loramux.ops.contract import Pairs, RowMap
@@ -145,7 +145,7 @@ class LoraLinear(nn.Module):
 
     def _add_dora(self, y: Tensor, x: Tensor, pairs: Pairs, rows: Rows) -> Tensor:
         """y[dst] += weight * ((c - 1) * W0 x[src] + c * s B^T A x[src]), c = m / ||W0 + s B^T A|| per expert."""
-        gain_EO = dora_gain(rows, self.weight_OI())
+        gain_EO = rows.gain(self.weight_OI())
         src, dst, slot = pairs.src.long(), pairs.dst.long(), pairs.slot.long()
         base_SO = nn.functional.linear(x, self.weight_OI())
         weight_P1 = pairs.weight.unsqueeze(-1)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from loramux.core.bank import Rows
 from loramux.core.router import Router
 from loramux.core.types import Expert, RouteRecord, Servability, Site
-from loramux.core.values import check_positive, check_regex, check_share, check_whole
+from loramux.core.values import (
+    check_booleans,
+    check_positive,
+    check_regex,
+    check_share,
+    check_whole,
+)
 
 if TYPE_CHECKING:
     from loramux.core.attach import Attachment
@@ -55,6 +61,7 @@ class MethodConfig:
         for name, allowed in _choices(type(self)).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        check_booleans(self)
         check_whole("r", self.r)
         if self.lora_alpha is None:
             object.__setattr__(self, "lora_alpha", self.default_alpha())

@@ -5,9 +5,10 @@ Why not annotations alone: a dataclass checks no types, and `True` is an int, Na
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, get_type_hints
 
 
 def check_whole(name: str, value: Any, least: int = 1) -> None:
@@ -32,6 +33,15 @@ def check_share(name: str, value: Any) -> None:
     """A number in [0, 1)."""
     if not is_number(value) or not 0 <= value < 1:
         raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def check_booleans(config: Any) -> None:
+    """The fields of a dataclass that are annotated as bool; 'no' and 0 are none, and would be read as true or false."""
+    hints = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if hints[field.name] is bool and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}")
 
 
 def check_regex(name: str, value: str, pattern: str | None = None) -> None:

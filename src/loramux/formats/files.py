@@ -10,9 +10,11 @@ import os
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from loramux.errors import LoramuxError
 from loramux.formats.errors import FormatError
 
 _READ = (
@@ -54,6 +56,21 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_place(path: Path, option: str = "--out") -> None:
+    """Refuse a path at which nothing can be made; leaves nothing behind. For use before hours of work."""
+    parent = path.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".loramux-", dir=parent):
+            return
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LoramuxError(
+            f"{option} {path} cannot be made: {why} in {parent}; choose another place"
+        ) from None
 
 
 def is_real_folder(path: Path) -> bool:

@@ -165,4 +165,5 @@ MERGER = Merger(
     merge,
     LegoOptions,
     signed=False,
+    sums=False,
 )
