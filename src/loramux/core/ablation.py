@@ -77,6 +77,11 @@ class Scores:
     naive_layer_runs: int = 0
 
     @property
+    def weight(self) -> int:
+        """What this batch counts for in a mean over several."""
+        return self.num_tokens
+
+    @property
     def removal(self) -> Tensor:
         """S(M) - S(M\\u): what the model loses with the unit."""
         return self.full - self.without

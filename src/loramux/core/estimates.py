@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,17 @@ from loramux.core.linear import LoraLinear
 from loramux.core.supervised import token_losses
 
 Watch = Callable[[str, Tensor, Tensor], None]  # path, input [N, I], output [N, O] of a linear
+
+
+@dataclass(frozen=True, eq=False)
+class Criterion:
+    """What a scorer without ablation says of every unit on one batch.
+
+    importance [U], float64. weight: what the batch counts for in a mean over several.
+    """
+
+    importance: Tensor
+    weight: int
 
 
 def taylor_scores(
@@ -57,8 +69,12 @@ def sensitivity_scores(
     batch: Mapping[str, Tensor],
     units: Sequence[Unit],
     name: str | None = None,
-) -> Tensor:
-    """[U]: sum of |w dL/dw| over the weights of each unit."""
+) -> Criterion:
+    """Sum of |w dL/dw| over the weights of each unit.
+
+    The gradient is that of one batch's mean loss and its absolute value is taken, so another division into batches
+    gives other scores; every batch weighs the same.
+    """
     adapter = _checked(handle, name)
     rows = {path: found for path, found in adapter.rows.items() if found.spans.num_rows}
     factors = [factor for found in rows.values() for factor in (found.a, found.b)]
@@ -76,7 +92,7 @@ def sensitivity_scores(
             factor.requires_grad_(flag)
     products = [(f.detach() * g).abs().double().sum(1) for f, g in zip(factors, grads, strict=True)]
     found = {path: products[2 * i] + products[2 * i + 1] for i, path in enumerate(rows)}
-    return _by_unit(found, units)
+    return Criterion(_by_unit(found, units), 1)
 
 
 def output_norm_scores(
@@ -86,8 +102,11 @@ def output_norm_scores(
     name: str | None = None,
     *,
     relative: bool = False,
-) -> Tensor:
-    """[U]: mean squared norm of what each unit adds, over real tokens; `relative` to that of the base's output."""
+) -> Criterion:
+    """Mean squared norm of what each unit adds, over real tokens; `relative` to that of the base's output.
+
+    A batch weighs as many as it has real tokens, so several batches are as one.
+    """
     adapter = _checked(handle, name)
     call, _ = inputs_of(batch, handle.dispatch.weight.device)
     valid_N = call.get("attention_mask", torch.ones_like(call["input_ids"])).reshape(-1).bool()
@@ -109,7 +128,7 @@ def output_norm_scores(
 
     with scoring(handle.model), torch.no_grad(), _watching(handle, adapter, watch):
         _loss(handle, batch, adapter.name)
-    return score_U
+    return Criterion(score_U, int(valid_N.sum()))
 
 
 def _slopes(

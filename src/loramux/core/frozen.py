@@ -42,12 +42,21 @@ class FrozenConfig(MethodConfig):
 
 
 def expert_names(paths: Sequence[str]) -> tuple[str, ...]:
-    """`runs/snips/adapter`, `runs/clinc/adapter` -> `snips`, `clinc`. Raises ValueError where paths are equal."""
+    """`runs/snips/adapter`, `runs/clinc/adapter` -> `snips`, `clinc`. Raises ValueError where paths are equal.
+
+    The last part of the paths that tells them apart, else the last two neighbouring ones, else the last and a number.
+    """
+    if len({PurePath(path) for path in paths}) < len(paths):
+        raise ValueError(f"every adapter needs a folder of its own, got {list(paths)}")
     parts = [PurePath(path).parts for path in paths]
-    for back in range(1, min((len(p) for p in parts), default=0) + 1):
-        names = [NOT_IN_NAMES.sub("-", p[-back].lower()).strip("-._") or "adapter" for p in parts]
-        if len(set(names)) == len(names):
-            return tuple(names)
-    raise ValueError(
-        f"the adapters need folders that differ in one part of their path, got {list(paths)}"
-    )
+    shortest = min((len(p) for p in parts), default=0)
+    for width in (1, 2):
+        for back in range(width, shortest + 1):
+            names = [_name(p[len(p) - back : len(p) - back + width]) for p in parts]
+            if len(set(names)) == len(names):
+                return tuple(names)
+    return tuple(f"{_name(p[-1:])}-{number}" for number, p in enumerate(parts, start=1))
+
+
+def _name(parts: Sequence[str]) -> str:
+    return NOT_IN_NAMES.sub("-", "-".join(parts).lower()).strip("-._") or "adapter"

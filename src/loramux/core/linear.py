@@ -84,8 +84,10 @@ class LoraLinear(nn.Module):
             plan.is_used = True
         else:
             y = self._base(rows_in, plan.row_map)
+            # DoRA rescales what the base gives: for the first part that is still y.
+            base = y if plan.row_map is None and self.bias is None else None
             for part in plan.parts:
-                y = self._add(y, rows_in, part)
+                y, base = self._add(y, rows_in, part, base), None
         if plan.bias_N is not None and self.bias is not None:
             # The expert outputs, bias included, are weighted; the fold counted the bias once.
             y = y + ((plan.bias_N - 1).unsqueeze(1) * self.bias).to(y.dtype)
@@ -102,7 +104,7 @@ class LoraLinear(nn.Module):
             return to_rows(self.base_layer(x), row_map)
         return self.base_layer(fold_rows(x, row_map))  # type: ignore[no-any-return]
 
-    def _add(self, y: Tensor, x: Tensor, part: Part) -> Tensor:
+    def _add(self, y: Tensor, x: Tensor, part: Part, base: Tensor | None) -> Tensor:
         if part.dense is not None:
             return self._add_dense(y, x, part, part.dense)
         rows, pairs = part.rows, part.pairs
@@ -111,8 +113,9 @@ class LoraLinear(nn.Module):
             return self._add_late(y, x, part)
         if part.dropout > 0:
             x, pairs = part.drop(x)
+            base = None
         if isinstance(rows, Rows) and rows.magnitude is not None:
-            return self._add_dora(y, x, pairs, rows)
+            return self._add_dora(y, x, pairs, rows, base)
         return part.apply(y, x, rows.a, rows.b, rows.spans, pairs)
 
     def _add_dense(self, y: Tensor, x: Tensor, part: Part, dense: Dense) -> Tensor:
@@ -143,11 +146,16 @@ class LoraLinear(nn.Module):
             return torch.addmm(y, u_nR, rows.b.to(u_nR.dtype))
         return y.index_add(0, own.dst, u_nR @ rows.b.to(u_nR.dtype))
 
-    def _add_dora(self, y: Tensor, x: Tensor, pairs: Pairs, rows: Rows) -> Tensor:
-        """y[dst] += weight * ((c - 1) * W0 x[src] + c * s B^T A x[src]), c = m / ||W0 + s B^T A|| per expert."""
+    def _add_dora(
+        self, y: Tensor, x: Tensor, pairs: Pairs, rows: Rows, base: Tensor | None
+    ) -> Tensor:
+        """y[dst] += weight * ((c - 1) * W0 x[src] + c * s B^T A x[src]), c = m / ||W0 + s B^T A|| per expert.
+
+        base: W0 x, where it is known.
+        """
         gain_EO = rows.gain(self.weight_OI())
         src, dst, slot = pairs.src.long(), pairs.dst.long(), pairs.slot.long()
-        base_SO = nn.functional.linear(x, self.weight_OI())
+        base_SO = nn.functional.linear(x, self.weight_OI()) if base is None else base
         weight_P1 = pairs.weight.unsqueeze(-1)
         # Every pair is a destination row of its own first: the gain belongs to the expert, not to the token.
         own = Pairs(

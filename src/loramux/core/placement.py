@@ -27,7 +27,12 @@ from loramux.core.ablation import (
     scoring,
 )
 from loramux.core.attach import Attachment
-from loramux.core.estimates import output_norm_scores, sensitivity_scores, taylor_scores
+from loramux.core.estimates import (
+    Criterion,
+    output_norm_scores,
+    sensitivity_scores,
+    taylor_scores,
+)
 from loramux.core.supervised import token_losses
 from loramux.core.types import Site
 
@@ -36,8 +41,9 @@ Batch = Mapping[str, Tensor]
 SCHEMA_VERSION = 1
 KIND = "fanlora setting"
 NUM_PARTS = 3  # disjoint parts of the data whose choices are compared
-# Every scorer: (handle, batch, units, adapter name) -> Scores or [U]; higher is more important.
-MODULE_SCORERS: Mapping[str, Callable[..., Scores | Tensor]] = {
+Part = Scores | Criterion  # what a scorer says of one batch, with the weight of the batch
+# Every scorer: (handle, batch, units, adapter name) -> Part; higher is more important.
+MODULE_SCORERS: Mapping[str, Callable[..., Part]] = {
     "ablation": ablation_scores,
     "taylor": taylor_scores,
     "output_norm": output_norm_scores,
@@ -184,10 +190,9 @@ def make_setting(
     units = module_units(adapter)
     score = MODULE_SCORERS[scorer]
     parts = [score(handle, batch, units, adapter.name) for batch in batches]
-    weights = [_tokens(batch) for batch in batches]
     setting = Setting(
-        _layers(adapter.sites, units, parts, weights), n_keep, scorer, per,
-        agreement=_agreement(adapter.sites, units, parts, weights, n_keep, per),
+        _layers(adapter.sites, units, parts), n_keep, scorer, per,
+        agreement=_agreement(adapter.sites, units, parts, n_keep, per),
     )  # fmt: skip
     return replace(setting, losses=_losses(handle, batches, setting, adapter.name))
 
@@ -201,18 +206,16 @@ def names_by_layer(sites: Sequence[Site]) -> list[list[str]]:
 
 
 def _layers(
-    sites: Mapping[str, Site],
-    units: Sequence[Unit],
-    parts: Sequence[Scores | Tensor],
-    weights: Sequence[int],
+    sites: Mapping[str, Site], units: Sequence[Unit], parts: Sequence[Part]
 ) -> tuple[Mapping[str, Module], ...]:
-    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    weights = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+    share = weights / weights.sum()
 
     def mean(values: Sequence[Tensor]) -> list[float]:
         return [float(value) for value in share @ torch.stack(list(values)).double()]
 
     exact = [part for part in parts if isinstance(part, Scores)]
-    score_U = mean([part.importance if isinstance(part, Scores) else part for part in parts])
+    score_U = mean([part.importance for part in parts])
     terms: list[list[float]] = []
     if exact:
         terms = [mean([part.removal for part in exact]), mean([part.alone for part in exact])]
@@ -227,8 +230,7 @@ def _layers(
 def _agreement(
     sites: Mapping[str, Site],
     units: Sequence[Unit],
-    parts: Sequence[Scores | Tensor],
-    weights: Sequence[int],
+    parts: Sequence[Part],
     n_keep: int,
     per: Per,
 ) -> tuple[float, ...]:
@@ -237,7 +239,7 @@ def _agreement(
     masks = []
     for number in range(NUM_PARTS):
         own = slice(number, None, NUM_PARTS)
-        layers = _layers(sites, units, parts[own], weights[own])
+        layers = _layers(sites, units, parts[own])
         masks.append(Setting(layers, n_keep, "", per).mask())
     pairs = list(itertools.combinations(masks, 2))
     return tuple(
