@@ -15,6 +15,9 @@ import yaml
 
 import loramux
 import loramux.methods
+from conformance import test_engine, test_generate, test_identity, test_neighbours, test_time
+from conformance.cases import Maker, Variant, every_variant, variants_of
+from engine.crowd import load_all, save_variants
 from pico import build_pico
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
@@ -72,6 +75,25 @@ def test_saving_and_loading_change_nothing(method: None, tmp_path: Path):
         handle.save(tmp_path / "saved")
         again = loramux.load(build_pico("llama"), tmp_path / "saved")
         torch.testing.assert_close(again.model(IDS).logits, want)
+
+
+def test_what_the_conformance_suite_claims_of_every_method_holds_for_it(
+    method: None, tmp_path: Path
+):
+    make, variant = Maker(tmp_path / "experts"), Variant(NAME, "default")
+    assert variant in every_variant()
+    test_identity.test_an_adapter_whose_b_is_zero_is_the_base(make, variant, "llama")
+    test_time.test_an_answer_token_by_token_has_the_logits_of_the_whole_sequence(
+        make, variant, "llama", "auto"
+    )
+    test_generate.test_greedy_tokens_with_a_cache_are_those_without(make, variant, "llama")
+    neighbours = [variant, *variants_of("milora", "mixlora")]
+    crowd = make.attach_all(build_pico("llama"), neighbours)
+    for side in ("left", "right"):
+        test_neighbours.test_a_request_does_not_see_its_neighbours(crowd, 11, 3, side)
+    folders = save_variants(make, tmp_path / "saved", neighbours, "llama")
+    loaded = load_all(build_pico("llama"), folders)
+    test_engine.test_an_answer_alone_is_that_of_one_plain_forward(variant, folders, loaded)
 
 
 def test_its_recipe_is_one(method: None):

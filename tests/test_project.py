@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +172,18 @@ def test_the_readme_starts_with_the_two_commands() -> None:
     first, second = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:2]
     assert first.strip().startswith("make demo")
     assert second.strip().startswith("make test")
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    targets = [link.partition("#")[0] for link in LINK.findall(text) if "://" not in link]
+    gone = [target for target in targets if target and not (page.parent / target).exists()]
+    assert not gone, f"{page.relative_to(ROOT)} links to {gone}"
 
 
 def test_nothing_is_unpickled() -> None:

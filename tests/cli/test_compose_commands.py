@@ -53,6 +53,21 @@ def test_weights_follow_one_option_and_may_be_negative() -> None:
     assert spread(["compose", "cat", "--weights", "1", "run"])[-1] == "run"
 
 
+def test_a_folder_ends_the_files_of_data_and_a_suite_the_words_of_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").mkdir()
+    Path("b").mkdir()
+    assert spread(
+        ["compose", "lorahub", "--data", "x.jsonl", "y.jsonl", "a", "b", "--out", "o"]
+    ) == [*("compose", "lorahub", "--data", "x.jsonl", "--data", "y.jsonl", "a", "b", "--out", "o")]
+    assert spread(["report", "--data", "a"]) == ["report", "--data", "a"]
+    assert spread(["compare", "--only", "a", "b", "quick.yaml"]) == [
+        *("compare", "--only", "a", "--only", "b", "quick.yaml")
+    ]
+
+
 def test_compose_writes_an_adapter_and_shows_what_it_did(
     pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,7 +129,16 @@ def test_compose_arrow_saves_a_router_over_the_adapters(
         (["arrow", "--weights", "1", "2"], "takes no weights"),
         (["ties", "--density", "2"], "density must be a number above 0"),
         (["cat", "--rank", "3"], "cat has no option 'rank'"),
+        (["arrow", "--seed", "0", "--rows", "2"], "takes no rows, seed"),
+        (["arrow", "--base", "b", "--set", "name=lora"], "takes no name"),
+        (["arrow", "--base", "b", "--set", "adapters=3"], "takes no adapters"),
+        (["cat", "--data", "missing.jsonl"], "cat reads no examples; leave out data"),
         (["cat", "--set", "x"], "--set takes KEY=VALUE"),
+        (["cat", "--set", "seed=3"], "cat has no option 'seed'"),
+        (["cat", "--set", "base=3"], "cat has no option 'base'"),
+        (["cat", "--set", "lam=3"], "cat has no option 'lam'"),
+        (["svd", "--set", "rank=["], "--set rank=[: the value is not readable as YAML"),
+        (["loralego", "--set", "balance=maybe"], "balance must be true or false"),
     ],
 )
 def test_compose_says_in_one_line_what_is_wrong(

@@ -10,10 +10,10 @@ from compare.small import raw_suite, suite
 from compare.test_run import Fake
 from loramux.cli.main import main
 from loramux.compare.dry import dry_run
-from loramux.compare.plan import Plan, make_plan
+from loramux.compare.plan import make_plan
 from loramux.compare.progress import Clock, cost, duration
-from loramux.compare.run import run_suite
-from loramux.compare.summary import summarise
+from loramux.compare.rows import locked
+from loramux.compare.run import results, run_suite
 from loramux.compare.tables import markdown
 
 
@@ -72,12 +72,12 @@ def test_a_method_without_all_tasks_has_no_mean_yet(tmp_path: Path) -> None:
     assert "| lora | - | 0 | - | 0.500 | - |" in markdown(result)
 
 
-def test_ways_that_are_not_there_are_named(tmp_path: Path) -> None:
+def test_tables_on_demand_write_nothing(tmp_path: Path) -> None:
     checked = suite(tmp_path)
-    plan = make_plan(checked)
-    plan = Plan(plan.items, plan.matched, {"xlora": "there is no method 'xlora'"})
-    text = markdown(summarise(checked, plan, {}))
-    assert "Absent: xlora (there is no method 'xlora')" in text
+    with locked(tmp_path / "out"):  # a run is under way
+        found = results(checked, tmp_path / "out")
+    assert found["rows"] == {"planned": 2, "done": 0, "failed": 0}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_dry_run_says_what_would_be_done_and_leaves_nothing(tmp_path: Path) -> None:

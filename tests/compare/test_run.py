@@ -17,6 +17,7 @@ from loramux.compare import SuiteError, parse_suite
 from loramux.compare.plan import Item, make_plan
 from loramux.compare.rows import ROWS, RowStore, locked
 from loramux.compare.run import run_suite
+from loramux.errors import LoramuxError
 
 KILLED = """
 import os, signal, sys
@@ -168,6 +169,17 @@ def test_nothing_is_run_where_the_budget_cannot_be_met(tmp_path: Path) -> None:
         run(tmp_path, fake, changes={"methods": methods})
     assert fake.calls == []
     assert not (tmp_path / "out" / ROWS).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = suite(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("loramux.compare.run.make_plan", lambda _: pytest.fail("began"))
+    for out in ("file", "file/out"):
+        with pytest.raises(LoramuxError, match="cannot be made: Not a directory"):
+            run_suite(given, tmp_path / out, progress=False, carry_out=Fake())
 
 
 def test_a_suite_says_its_seeds_by_method(tmp_path: Path) -> None:

@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import loramux
-from compare.small import suite
-from loramux.compare.measure import active_parameters, decode_cost
+from compare.small import raw_suite, suite
+from loramux.compare.measure import Usage, active_parameters, decode_cost
 from loramux.compare.plan import Item, make_plan
 from loramux.compare.processes import ItemError, Processes
 from loramux.compare.run import run_suite
+from loramux.compare.tables import markdown
+from loramux.compare.ways import ways
 from loramux.compare.work import carry_out
-from pico import build_pico
+from loramux.data import encode, load_examples
+from loramux.recipe import DataSource
+from pico import build_pico, pico_tokenizer
 
-WAYS = ["base", "each", "oracle", "linear", "cat", "svd", "ties", "dare_linear", "loralego", "mole"]
+LEARNED = ("mole", "loraflow", "xlora")
 
 
 def here(item: Item, folder: Path, needs: Any, limit: float | None) -> dict[str, Any]:
@@ -55,29 +60,96 @@ def test_a_training_that_saw_other_tokens_is_no_result(tmp_path: Path) -> None:
 
 
 def test_adapters_are_put_together_and_the_oracle_is_the_single_trainings(tmp_path: Path) -> None:
-    fusion = {"adapters": "lora", "methods": WAYS, "rows": 4, "steps": 1, "learning_rate": 0.01}
-    methods = {"lora": {"method": {"name": "lora", "r": 2}}}
-    single = {"steps": 1}
-    checked = suite(tmp_path, methods=methods, multi=None, single=single, fusion=fusion)
-    result = run_suite(checked, tmp_path / "out", progress=False, carry_out=here)
+    chosen: dict[str, Any] = {name: {} for name in ways()}
+    chosen["lorahub"] = {"budget": 3}
+    chosen["task_arithmetic"] = {"lam": 0.5}
+    chosen["loraflow"] = {"init": "anchor:two", "training": {"learning_rate": 0.02}}
+    fusion = {"adapters": "lora", "methods": chosen, "rows": 4, "steps": 1, "learning_rate": 0.01}
+    result = fused(tmp_path, fusion, seeds=[0, 1])
     assert result["failed"] == []
     entries = {entry["method"]: entry for entry in result["parts"]["fusion"]["methods"]}
-    assert list(entries) == [*WAYS[:1], "only-one", "only-two", *WAYS[2:]]
+    assert list(entries) == ["base", "only-one", "only-two", *list(ways())[2:]]
+    assert {"mean", "lorahub", "arrow", "dare_ties", *LEARNED} < set(entries)
+    assert len({entries[name]["tokens"] for name in LEARNED}) == 1
     (alone,) = result["parts"]["single"]["methods"]
     assert entries["oracle"]["mean"] == alone["mean"]
     assert entries["linear"]["servability"] == "static"
     assert entries["mole"]["servability"] == "per_token"
     assert entries["cat"]["parameters"] == 2 * entries["only-one"]["parameters"]
     assert result["parts"]["fusion"]["reference"] == "oracle"
+    for entry in entries.values():  # of the bare base too, which has one row
+        assert entry["seeds"] == [0, 1]
+    assert entries["base"]["difference"]["seeds"] == 2
+    for measure in ("train_seconds", "peak_mb", "active", "parameters"):
+        assert entries["oracle"][measure] == alone[measure]
+    assert entries["lorahub"]["search_tokens"] == 3 * tokens_of_rows(tmp_path, 4)
+    assert f"lorahub read {entries['lorahub']['search_tokens']:,.0f} tokens" in markdown(result)
+    rows = (json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines())
+    (flow, _) = [row for row in rows if row["method"] == "loraflow"]
+    saved = tmp_path / "out" / "work" / flow["id"] / "run" / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    (adapter,) = loramux.load(model, saved).adapters.values()
+    assert adapter.method.config.names == ("one", "two")
 
 
-def active(config: Any) -> tuple[float, Any]:
-    model = build_pico("llama")
+def tokens_of_rows(folder: Path, num: int) -> int:
+    tokenizer = pico_tokenizer()
+    sources = [DataSource(path=str(folder / t / "train.jsonl"), rows=num) for t in ("one", "two")]
+    return sum(len(one) for source in sources for one in load_examples(source, tokenizer))
+
+
+def fused(folder: Path, fusion: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    methods = {"lora": {"method": {"name": "lora", "r": 2}}}
+    changes = {"methods": methods, "multi": None, "single": {"steps": 1}} | changes
+    checked = suite(folder, fusion=fusion, **changes)
+    return run_suite(checked, folder / "out", progress=False, carry_out=here)
+
+
+def test_a_search_that_finds_nothing_is_scored_as_the_base(tmp_path: Path) -> None:
+    fusion = {"adapters": "lora", "methods": {"base": {}, "lorahub": {"budget": 1}}}
+    result = fused(tmp_path, fusion)
+    assert result["failed"] == []
+    base, _, found = result["parts"]["fusion"]["methods"]
+    assert (base["tasks"], base["mean"]) == (found["tasks"], found["mean"])
+    assert "lorahub: scored as the base: the search over 1 evaluations" in markdown(result)
+
+
+def test_a_search_reads_no_row_that_training_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw_suite(tmp_path)
+    for task in ("one", "two"):  # one file, split by row numbers: test rows first
+        (tmp_path / f"{task}.jsonl").write_text((tmp_path / task / "train.jsonl").read_text())
+    tasks = {
+        task: {
+            "train": {"path": str(tmp_path / f"{task}.jsonl"), "skip": 6, "rows": 2},
+            "test": {"path": str(tmp_path / f"{task}.jsonl"), "rows": 6},
+        }
+        for task in ("one", "two")
+    }
+    read: list[DataSource] = []
+    load = encode.load_examples
+
+    def noted(source: DataSource, *rest: Any) -> Any:
+        read.append(source)
+        return load(source, *rest)
+
+    monkeypatch.setattr("loramux.data.load_examples", noted)
+    fusion = {"adapters": "lora", "methods": {"lorahub": {"budget": 2}}, "rows": 50}
+    assert fused(tmp_path, fusion, tasks=tasks)["failed"] == []
+    assert len(read) >= 6  # two trainings, the count, the search
+    assert {(source.skip, source.rows) for source in read} == {(6, 2)}
+
+
+def active(config: Any, model: Any = None) -> tuple[float, Any]:
+    model = build_pico("llama") if model is None else model
     handle = loramux.attach(model, config)
     (adapter,) = handle.adapters.values()
     with torch.no_grad():
         model(torch.arange(4, 20)[None])
-    return active_parameters(adapter, handle.routing()), adapter
+    usage = Usage()
+    usage.add(handle.routing())
+    return active_parameters(adapter, usage), adapter
 
 
 def test_without_a_router_every_parameter_acts() -> None:
@@ -102,6 +174,45 @@ def test_of_gated_modules_those_that_are_on_act() -> None:
     routers = sum(p.numel() for p in adapter.routers_by_key.parameters())
     sizes = sorted(4 * (s.d_in + s.d_out) for s in adapter.sites.values() if s.layer == 0)
     assert routers + 2 * sum(sizes[:3]) <= found <= routers + 2 * sum(sizes[-3:])
+
+
+def test_all_passes_count_and_not_the_last_one(tmp_path: Path) -> None:
+    model = build_pico("llama")
+    handle = loramux.attach(model, loramux.MixLoRAConfig(r=4, num_experts=4, top_k=1))
+    (adapter,) = handle.adapters.values()
+    usage, nums = Usage(), [16, 4]
+    chosen: dict[str, torch.Tensor] = {}
+    with torch.no_grad(), usage.watching(model, handle):
+        for num in nums:
+            model(torch.arange(4, 4 + num)[None])
+            for record in handle.routing():
+                sums = (record.gates != 0).sum(0).double()
+                chosen[record.path] = chosen.get(record.path, 0) + sums
+    model(torch.arange(4, 30)[None])  # nobody watches
+    assert set(usage.by_path) == set(chosen)
+    for path, used in usage.by_path.items():
+        assert used.num == sum(nums)
+        assert used.shares == (chosen[path] / sum(nums)).tolist()
+    total = active_parameters(adapter, usage)
+    assert total < sum(p.numel() for p in adapter.parameters())
+
+
+def test_a_router_elsewhere_counts_for_the_sites_it_governs(tmp_path: Path) -> None:
+    model = build_pico("llama")
+    folders = []
+    for at in range(3):
+        handle = loramux.attach(model, loramux.LoraConfig(r=2), name="a")
+        for rows in handle.adapters["a"].rows.values():
+            torch.nn.init.normal_(rows.b)
+        handle.save(tmp_path / str(at))
+        folders.append(str(tmp_path / str(at)))
+        handle.detach()
+    config = {"name": "xlora", "adapters": folders, "top_k_lora": 1}
+    found, adapter = active(loramux.config_from_dict(config), model)
+    routers = sum(p.numel() for p in adapter.routers_by_key.parameters())
+    assert found == pytest.approx(
+        routers + sum(2 * (s.d_in + s.d_out) for s in adapter.sites.values())
+    )
 
 
 def test_decoding_costs_about_as_much_as_itself() -> None:

@@ -17,6 +17,7 @@ from loramux.compose.sources import read_sources
 from loramux.errors import LoramuxError
 from loramux.eval.loading import Loaded
 from loramux.formats.digest import model_digest
+from loramux.recipe import DataSource
 from oracles import merging as oracle
 from pico import build_pico
 
@@ -234,6 +235,18 @@ def test_a_search_that_finds_nothing_says_so(setting):
     options = LoraHubOptions(budget=1)
     with pytest.raises(LoramuxError, match="nothing better than the bare base"):
         find_weights(read_sources(folders), loaded, [data], 3, options, 0, quiet)
+
+
+def test_a_source_says_which_rows_the_search_reads(setting, tmp_path: Path):
+    folders, loaded, data = setting
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text("".join(Path(data).read_text().splitlines(keepends=True)[1:3]))
+    source = DataSource(path=str(data), skip=1, rows=2)
+    options = LoraHubOptions(budget=4)
+    sources = read_sources(folders)
+    apart = find_weights(sources, loaded, [source], 5, options, 0, quiet)
+    assert apart[1]["search"]["rows"] == 2
+    assert apart == find_weights(sources, loaded, [str(kept)], 5, options, 0, quiet)
 
 
 def test_factors_need_one_shape_and_one_scale(setting, tmp_path: Path):

@@ -23,18 +23,27 @@ VARIANTS = [pytest.param(v, id=v.name) for v in every_variant() if v.method not 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def attached(make: Maker, variant: Variant) -> tuple[nn.Module, loramux.Handle, list[Rows]]:
+Banks = dict[str, Rows]
+
+
+def attached(make: Maker, variant: Variant) -> tuple[nn.Module, loramux.Handle, Banks]:
     model = build_pico("llama")
     handle = make.attach(model, variant)
-    return model, handle, list(handle.adapters["default"].rows.values())
+    return model, handle, handle.adapters["default"].rows
+
+
+def edit(handle: loramux.Handle, path: str, slot: int, index: list[int]) -> None:
+    adapter = handle.adapters["default"]
+    optimizer = torch.optim.SGD(list(adapter.parameters()))
+    Editor(adapter, optimizer, adapter.trainable(), torch.Generator()).gather(path, slot, index)
 
 
 @pytest.mark.parametrize("method", TIED)
 def test_ranks_of_experts_that_share_one_a_cannot_be_edited(make: Maker, method: str):
     (variant,) = (v for v in every_variant() if v.method == method)
-    _, _, banks = attached(make, variant)
-    with pytest.raises(ValueError, match="share the A"):
-        banks[0].gather_ranks(0, [0])
+    _, handle, banks = attached(make, variant)
+    with pytest.raises(ValueError, match="share one A"):
+        edit(handle, next(iter(banks)), 0, [0])
 
 
 def slots(rows: Rows) -> list[int]:
@@ -43,23 +52,23 @@ def slots(rows: Rows) -> list[int]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ranks_in_another_order_compute_the_same(make: Maker, variant: Variant):
-    model, _, banks = attached(make, variant)
+    model, handle, banks = attached(make, variant)
     expected = logits_of(model)
-    for rows in banks:
+    for path, rows in banks.items():
         for slot in slots(rows):
-            rows.gather_ranks(slot, list(reversed(range(rows.spans.rank[slot]))))
+            edit(handle, path, slot, list(reversed(range(rows.spans.rank[slot]))))
     torch.testing.assert_close(logits_of(model), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_duplicated_and_halved_ranks_compute_the_same(make: Maker, variant: Variant):
-    model, _, banks = attached(make, variant)
+    model, handle, banks = attached(make, variant)
     expected = logits_of(model)
-    for rows in banks:
+    for path, rows in banks.items():
         scales = rows.spans.scale
         for slot in slots(rows):
             rank = rows.spans.rank[slot]
-            rows.gather_ranks(slot, [*range(rank), 0, rank - 1])
+            edit(handle, path, slot, [*range(rank), 0, rank - 1])
             at = rows.slot_rows(slot)
             with torch.no_grad():
                 halved = [0, rank - 1, rank, rank + 1] if rank > 1 else [0, 1, 2]
@@ -71,15 +80,15 @@ def test_duplicated_and_halved_ranks_compute_the_same(make: Maker, variant: Vari
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_dropping_ranks_whose_b_is_zero_computes_the_same(make: Maker, variant: Variant):
-    model, _, banks = attached(make, variant)
-    for rows in banks:
+    model, handle, banks = attached(make, variant)
+    for rows in banks.values():
         for slot in slots(rows):
             rows.b.data[rows.slot_rows(slot)][-1] = 0
     expected = logits_of(model)
-    for rows in banks:
+    for path, rows in banks.items():
         before, full = rows.spans.num_rows, slots(rows)
         for slot in full:
-            rows.gather_ranks(slot, list(range(rows.spans.rank[slot] - 1)))
+            edit(handle, path, slot, list(range(rows.spans.rank[slot] - 1)))
         assert rows.a.shape[0] == rows.b.shape[0] == rows.spans.num_rows
         assert rows.spans.num_rows == before - len(full)
     torch.testing.assert_close(logits_of(model), expected, **CLOSE)
@@ -87,15 +96,16 @@ def test_dropping_ranks_whose_b_is_zero_computes_the_same(make: Maker, variant: 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_fresh_ranks_compute_the_same_until_they_are_trained(make: Maker, variant: Variant):
-    model, _, banks = attached(make, variant)
+    model, handle, banks = attached(make, variant)
     expected = logits_of(model)
-    for rows in banks:
+    for path, rows in banks.items():
         for slot in slots(rows):
-            rows.gather_ranks(slot, [*range(rows.spans.rank[slot]), -1, -1])
+            edit(handle, path, slot, [*range(rows.spans.rank[slot]), -1, -1])
     torch.testing.assert_close(logits_of(model), expected, **CLOSE)
+    one = next(iter(banks.values()))
     if variant.method_class.trains_rows:
-        assert banks[0].a.requires_grad and banks[0].b.requires_grad
-    first = banks[0].a[banks[0].slot_rows(slots(banks[0])[0])]
+        assert one.a.requires_grad and one.b.requires_grad
+    first = one.a[one.slot_rows(slots(one)[0])]
     assert first[-2:].abs().min() > 0
     assert not torch.equal(first[-2], first[-1])
 
@@ -104,16 +114,16 @@ def test_fresh_ranks_compute_the_same_until_they_are_trained(make: Maker, varian
 def test_ranks_may_be_edited_between_two_decode_steps(make: Maker, variant: Variant):
     """Whatever a decode step keeps ready for the next one must notice new rows."""
     logits = []
-    for edit in (False, True):
+    for is_edited in (False, True):
         model = build_pico("llama")
         handle = make.attach(model, variant, backend="auto")
         with torch.no_grad():
             cache = model(IDS[:1, :4], use_cache=True).past_key_values
             for token in (5, 6, 7):
                 model(torch.tensor([[token]]), past_key_values=cache)
-            for rows in handle.adapters["default"].rows.values() if edit else ():
+            for path, rows in handle.adapters["default"].rows.items() if is_edited else ():
                 for slot in slots(rows):
-                    rows.gather_ranks(slot, [*reversed(range(rows.spans.rank[slot])), -1])
+                    edit(handle, path, slot, [*reversed(range(rows.spans.rank[slot])), -1])
             logits.append(model(torch.tensor([[8]]), past_key_values=cache).logits)
     torch.testing.assert_close(logits[1], logits[0], **CLOSE)
 
@@ -135,12 +145,12 @@ def test_training_goes_on_as_before_when_ranks_and_moments_change_places(
     make: Maker, variant: Variant
 ):
     logits = []
-    for edit in (False, True):
+    for is_edited in (False, True):
         model, handle, _ = attached(make, variant)
         # A plain list, as the stock Trainer builds it: the optimizer must be told of new parameters.
         optimizer = torch.optim.AdamW(handle.trainable_parameters().values(), lr=1e-3)
         train(model, optimizer, 2)
-        if edit:
+        if is_edited:
             adapter = handle.adapters["default"]
             parameters = handle.trainable_parameters()
             editor = Editor(adapter, optimizer, parameters, torch.Generator())

@@ -6,17 +6,36 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import loramux
-from loramux.core.ablation import Scores, Unit, ablation_scores, module_units, rank_units
+from conformance.cases import nudge
+from loramux.core.ablation import (
+    Scores,
+    Unit,
+    ablation_scores,
+    can_reuse_prefix,
+    module_units,
+    rank_units,
+)
 from loramux.core.estimates import output_norm_scores, sensitivity_scores, taylor_scores
 from methods.alora_case import attached, base_of, batch_of, oracle_batch
 from methods.bridge import adapter_of
 from oracles import alora
-from pico import build_pico
+from pico import build_pico, pico_config
 from train.toys import examples
 
 FAMILIES = ("llama", "gemma3", "phi3", "gpt2")
+SHARED = {
+    "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": 96,
+    "hidden_size_per_layer_input": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
+}  # fmt: skip
+SHARING: dict[str, dict[str, Any]] = {
+    "gemma3n": {
+        "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2, "altup_active_idx": 0,
+    },
+    "gemma4": {"global_head_dim": 8},
+}  # fmt: skip
 SCORERS = {
     "ablation": ablation_scores,
     "taylor": taylor_scores,
@@ -64,6 +83,53 @@ def test_several_batches_weigh_by_their_tokens() -> None:
     torch.testing.assert_close(mean.importance, whole.importance, atol=1e-5, rtol=0)
     assert abs(mean.full - whole.full) < 1e-5
     assert abs(mean.base - whole.base) < 1e-5
+
+
+def sharing(family: str) -> nn.Module:
+    """Four layers, the last two of which take keys and values from the ones below."""
+    base = pico_config("gemma3")
+    same = {
+        name: getattr(base, name)
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "head_dim",
+            "num_key_value_heads", "sliding_window", "pad_token_id", "eos_token_id", "bos_token_id",
+        )
+    }  # fmt: skip
+    config = AutoConfig.for_model(f"{family}_text", **same, **SHARED, **SHARING[family])
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_a_model_that_hands_on_more_than_hidden_states_is_run_whole(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = sharing(family)
+    handle = loramux.attach(model, loramux.LoraConfig(r=2), backend="reference")
+    adapter = adapter_of(handle)
+    nudge(adapter, 1)
+    batch = batch_of(examples(3, seed=2))
+    units = rank_units(adapter)[::9]
+    before = everything(handle)
+    scores = ablation_scores(handle, batch, units)
+    assert caplog.text.count("cannot go on from recorded hidden states") == 1
+    for name, value in everything(handle).items():
+        assert equal(before[name], value), name
+    for u, unit in enumerate(units):
+        off = {p: torch.ones(3, r.spans.num_rows) for p, r in adapter.rows.items()}
+        on = {p: torch.zeros(3, r.spans.num_rows) for p, r in adapter.rows.items()}
+        off[unit.path][:, list(unit.rows)], on[unit.path][:, list(unit.rows)] = 0.0, 1.0
+        for masks, found in ((off, scores.without[u]), (on, scores.alone[u])):
+            with torch.no_grad(), handle.masking(masks):
+                loss = model(**batch).loss
+            assert abs(float(loss) + float(found)) < 1e-5
+    assert scores.importance.std() > 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_families_of_one_residual_stream_go_on_from_it(family: str) -> None:
+    _, handle, _ = attached(family)
+    assert can_reuse_prefix(handle, batch_of(examples(3, seed=2)))
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
@@ -136,8 +202,7 @@ def test_scoring_changes_nothing_and_repeats(scorer: str) -> None:
     for name, value in everything(handle).items():
         assert equal(before[name], value), name
     second = SCORERS[scorer](handle, batch, units)
-    values = [s.importance if isinstance(s, Scores) else s for s in (first, second)]
-    assert torch.equal(*values)
+    assert torch.equal(first.importance, second.importance)
 
 
 def test_a_scorer_that_breaks_off_leaves_the_model_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +300,9 @@ def test_sensitivity_and_output_norm_are_their_definitions() -> None:
     batch = batch_of(examples(3, seed=4))
     adapter = adapter_of(handle)
     units = module_units(adapter)
-    sensitivity = sensitivity_scores(handle, batch, units)
-    norms = output_norm_scores(handle, batch, units)
-    relative = output_norm_scores(handle, batch, units, relative=True)
+    sensitivity = sensitivity_scores(handle, batch, units).importance
+    norms = output_norm_scores(handle, batch, units).importance
+    relative = output_norm_scores(handle, batch, units, relative=True).importance
     seen: dict[str, Tensor] = {}
     for path, linear in handle.linears.items():
         linear.register_forward_pre_hook(lambda _, args, p=path: seen.update({p: args[0]}))

@@ -165,3 +165,14 @@ def test_defaults_are_the_papers():
     assert loramux.MoLEConfig().router_aux_loss_coef == 0.5
     assert loramux.LoraConfig().scale_at("any") == 2.0
     assert loramux.LoraConfig(use_rslora=True, r=4).scale_at("any") == 8.0
+
+
+@pytest.mark.parametrize("name", method_names())
+@pytest.mark.parametrize("value", ["no", "false", 0, None])
+def test_every_switch_of_every_method_is_true_or_false_and_nothing_else(name: str, value: Any):
+    config_class = load_method(name).config_class
+    switches = [f.name for f in dataclasses.fields(config_class) if f.type == "bool"]
+    assert {"use_rslora", "use_dora"} <= set(switches)
+    for switch in switches:
+        with pytest.raises(ValueError, match=f"{switch} must be true or false, got"):
+            config_class(**{switch: value})

@@ -13,7 +13,11 @@ from loramux.core.ablation import Unit
 from loramux.core.controller import Moment
 from loramux.core.edits import Editor
 from loramux.methods.alora import Allocation, ALoRAConfig
+from loramux.report.page import Section
+from loramux.report.ranks import rank_history, rank_section
+from loramux.report.records import JobRecord, read_adapter_record
 from loramux.train import CheckpointError, Listener, StepEvent, Trainer
+from loramux.train.runner import JobRunner
 from methods.alora_case import RANK, SHORT, adapter_under, edits_of, planted, ranks, trainer
 from pico import build_pico
 from train.test_resume import contents
@@ -167,6 +171,58 @@ def test_a_stopped_run_ends_with_the_bits_of_an_unbroken_one(
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
     ledgers = [(tmp_path / run / "edits.json").read_bytes() for run in ("run", "whole")]
     assert ledgers[0] == ledgers[1]
+
+
+def test_a_resumed_run_knows_the_ranks_of_its_best_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best validation lies before the first round, the stop behind it."""
+    monkeypatch.setattr(JobRunner, "_validation_loss", lambda runner: float(runner.state.step))
+    settings: dict[str, Any] = {"resume": True, "eval_every": 2}
+    whole = trainer(ALoRAConfig(**SHORT), out=tmp_path / "whole", **settings)
+    (want,) = whole.run()
+    trainer(ALoRAConfig(**SHORT), StopAt(4), out=tmp_path / "run", **settings).run()
+    resumed = trainer(ALoRAConfig(**SHORT), out=tmp_path / "run", **settings)
+    (got,) = resumed.run()
+    assert want.best_step == got.best_step == 2
+    assert set(ranks(adapter_under(resumed)).values()) == {RANK}
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_edits_that_the_best_weights_undo_are_marked_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[Any] = []
+
+    class Watch(Listener):
+        def edited(self, trainer: Trainer, job: str, rows: Any) -> None:
+            seen.extend(rows)
+
+    monkeypatch.setattr(JobRunner, "_validation_loss", lambda runner: abs(runner.state.step - 4.0))
+    run = trainer(ALoRAConfig(**SHORT), Watch(), out=tmp_path, eval_every=2)
+    run.run()
+    edits = json.loads((tmp_path / "edits.json").read_text())
+    last = edits[-1]
+    assert seen[-1] == last == edits_of(run)[-1]
+    assert (last["what"], last["step"], last["best_step"]) == ("restore", 8, 4)
+    assert last["ranks"] == ranks(adapter_under(run))
+    rounds = [edit["ranks"] for edit in edits if edit["what"] == "round"]
+    assert len(rounds) == 2 and last["ranks"] == rounds[0] != rounds[1]
+    assert "keeps the weights of step 4, its best validation" in caplog.text
+    history = rank_history(edits)
+    assert set(history[0].values()) == {RANK} and history[8] == last["ranks"]
+    saved = read_adapter_record(tmp_path / "adapter")
+    section = rank_section(JobRecord("run", edits=edits, adapter=saved))
+    assert isinstance(section, Section)
+    assert "weights of step 4, the best validation, were kept" in section.text
+
+
+def test_edits_before_the_best_weights_need_no_word(tmp_path: Path, caplog: Any) -> None:
+    run = trainer(ALoRAConfig(**SHORT), eval_every=2)
+    run.runners[0]._validation_loss = lambda: -float(run.runners[0].state.step)  # type: ignore[method-assign]
+    run.run()
+    assert {edit["what"] for edit in edits_of(run)} == {"round", "prune", "add"}
+    assert "best validation" not in caplog.text
 
 
 def test_a_state_of_other_rounds_is_refused(tmp_path: Path) -> None:

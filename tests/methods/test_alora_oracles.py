@@ -1,6 +1,8 @@
 """The twelve test oracles of ALoRA's page, against the dense restatement and PEFT."""
 
+import copy
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import peft
 import pytest
@@ -16,6 +18,7 @@ from loramux.core.sites import find_sites
 from loramux.core.types import Site
 from loramux.methods.alora import ALoRAConfig, ALoRAMethod, share_out
 from loramux.methods.lora import LoraConfig
+from loramux.train import Trainer
 from methods.alora_case import (
     RANK,
     SHORT,
@@ -140,6 +143,73 @@ def test_oracle_5_what_a_round_chooses_is_the_oracles_choice() -> None:
     for edit in edits:
         if edit["what"] == "prune":
             assert abs(edit["importance"] - naive[edit["site"], edit["rank"]]) < 1e-5
+
+
+class Seen(NamedTuple):
+    """The rows of every site at one moment, and the number and round of birth of each."""
+
+    rows: dict[str, LowRank]
+    ids: dict[str, list[int]]
+    born: dict[str, list[int]]
+
+
+def watched(**settings: Any) -> tuple[Trainer, list[tuple[Seen, Seen]]]:
+    """A run that looks at the rows before and after every round."""
+    run = trainer(ALoRAConfig(**{**SHORT, "score_rows": 8, **settings}))
+    seen: list[tuple[Seen, Seen]] = []
+    controller = run.runners[0].control.controller  # type: ignore[union-attr]
+    act = controller._reallocate  # type: ignore[union-attr]
+
+    def now() -> Seen:
+        rows = adapter_under(run).rows
+        copies = {
+            p: LowRank(r.a.detach().clone(), r.b.detach().T.clone(), 1.0) for p, r in rows.items()
+        }
+        return Seen(copies, copy.deepcopy(controller.ids), copy.deepcopy(controller.born))  # type: ignore[union-attr]
+
+    def looking(moment: Any) -> Any:
+        before = now()
+        edits = act(moment)
+        seen.append((before, now()))
+        return edits
+
+    controller._reallocate = looking  # type: ignore[union-attr, method-assign]
+    run.run()
+    return run, seen
+
+
+@pytest.mark.parametrize("grace", [0, 1])
+def test_oracle_5_every_number_of_the_ledger_is_the_row_it_was(grace: int) -> None:
+    _, rounds = watched(rounds=3, grace_rounds=grace)
+    fresh = 0
+    for number, (before, after) in enumerate(rounds):
+        for path, ids in after.ids.items():
+            assert len(after.rows[path].A) == len(ids) == len(after.born[path])
+            for row, (name, born) in enumerate(zip(ids, after.born[path], strict=True)):
+                if born == number:
+                    assert name not in before.ids[path]
+                    assert not after.rows[path].B[:, row].any()
+                    fresh += 1
+                    continue
+                was = before.ids[path].index(name)
+                assert before.born[path][was] == born
+                assert torch.equal(after.rows[path].A[row], before.rows[path].A[was])
+                assert torch.equal(after.rows[path].B[:, row], before.rows[path].B[:, was])
+    assert fresh == 3 * 5
+
+
+def test_oracle_5_a_second_round_is_the_oracles_too() -> None:
+    run, rounds = watched(grace_rounds=0)
+    batch = oracle_batch(batch_of(list(run.runners[0].job.validation)))
+    for number, (before, _) in enumerate(rounds):
+        found = alora.importance(base_of(), batch, before.rows)
+        naive = {(p, before.ids[p][row]): a + b for (p, row), (a, b) in found.items()}
+        expected = alora.one_round(naive, 5)
+        own = [edit for edit in edits_of(run) if edit["round"] == number]
+        assert [(e["site"], e["rank"]) for e in own if e["what"] == "prune"] == expected.pruned
+        added = [edit["site"] for edit in own if edit["what"] == "add"]
+        assert {site: added.count(site) for site in added} == expected.added
+    assert len(rounds) == 2
 
 
 def test_oracle_5_without_an_unhurt_linear_nothing_is_added() -> None:

@@ -88,6 +88,16 @@ def test_prototypes_move_with_the_model_and_keep_their_precision(tmp_path: Path)
     assert "prototypes" in dict(router.named_buffers())
 
 
+def test_a_model_that_is_made_bfloat16_does_not_round_the_prototypes(tmp_path: Path):
+    made = routed(tmp_path, double=False)
+    before = {path: router.prototypes.clone() for path, router in made.routers.items()}
+    made.model.to(torch.bfloat16)
+    for path, router in made.routers.items():
+        assert router.prototypes.dtype == torch.float32
+        assert torch.equal(router.prototypes, before[path])
+    assert made.run().isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,8 @@
 """FanLoRA from a recipe: probe, setting and placed adapters in one folder, reusable, resumable, refused elsewhere."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from loramux.core.placement import Setting
 from loramux.errors import RecipeError
 from loramux.methods.fanlora import FanLoRAConfig, read_setting
 from loramux.recipe import Recipe, load_recipe, parse_recipe
-from loramux.train import train_recipe
+from loramux.train import CheckpointError, Listener, StepEvent, Trainer, train_recipe
 from methods.bridge import adapter_of
 from methods.fanlora_case import LLAMA, batches_of, handmade, placed, probe, setting_file
 from pico import build_pico, pico_tokenizer
@@ -30,6 +32,17 @@ def base(tmp_path: Path) -> Path:
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+class StopAt(Listener):
+    """Interrupts the run itself, not its probe."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def stepped(self, trainer: Trainer, event: StepEvent) -> None:
+        if event.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def data(base: Path, name: str) -> dict[str, Any]:
@@ -87,6 +100,38 @@ def test_a_file_that_is_no_setting_is_refused(content: str, message: str, tmp_pa
         loramux.attach(model, FanLoRAConfig(setting=str(tmp_path / "none.json")))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_keep": "2"}, "n_keep must be an integer"),
+        ({"n_keep": -1}, "n_keep must be at least 1"),
+        ({"per": "zzz"}, "per must be one of"),
+        ({"losses": 3}, "losses must be a dict"),
+        ({"losses": {"base": "x"}}, r"losses\.base must be a finite number"),
+        ({"agreement": "abc"}, "agreement must be a list"),
+        ({"agreement": ["a"]}, "agreement must be a finite number"),
+        ({"scorer": 3}, "scorer must be a str"),
+        ({"layers": []}, "layers must hold scored linears"),
+        ({"layers": [3]}, "a layer must be a dict"),
+        ({"layers": [{"x": {"keep": True, "score": None}}]}, r"x\.score must be a finite number"),
+        ({"layers": [{"x": {"keep": True, "score": float("nan")}}]}, r"x\.score must be a finite"),
+        ({"layers": [{"x": {"keep": 1, "score": 2.0}}]}, r"x\.keep must be a bool"),
+        ({"layers": [{"x": {"score": 2.0}}]}, "it has no 'keep'"),
+        ({"probe": 5}, "probe must be a str"),
+        ({"probe": ""}, "probe must be a folder beside the setting"),
+        ({"probe": "../../../etc"}, "probe must be a folder beside the setting"),
+        ({"probe": "/etc"}, "probe must be a folder beside the setting"),
+    ],
+)
+def test_values_in_a_setting_that_are_not_what_they_should_be_are_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = handmade(tmp_path / "setting.json", [LLAMA[:2]] * 2)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="not a complete setting .*" + message):
+        read_setting(str(path))
+
+
 def test_a_setting_edited_by_hand_is_refused(tmp_path: Path) -> None:
     path = handmade(tmp_path / "setting.json", [["mlp.up_proj", "mlp.down_proj"]] * 2)
     value = json.loads(path.read_text())
@@ -121,8 +166,13 @@ def test_fixed_and_random_placements_need_no_probe() -> None:
         found.append(sorted(adapter_of(handle).rows))
         assert len(found[-1]) == 6
     assert found[0] == found[1] != found[2]
-    with pytest.raises(ValueError, match="found none of the linears"):
-        loramux.attach(build_pico("llama"), FanLoRAConfig(scorer="fixed", keep=("qkv",)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"match_r": 4}, {"budget": 5000}])
+def test_names_to_keep_that_the_model_lacks_are_refused(settings: dict[str, int]) -> None:
+    config = FanLoRAConfig(scorer="fixed", keep=("q_proj", "qkv"), **settings)
+    with pytest.raises(ValueError, match=r"keep names 'qkv'.* they are .*'self_attn\.q_proj'"):
+        loramux.attach(build_pico("llama"), config)
 
 
 def test_a_recipe_without_a_setting_makes_one_and_trains_there(base: Path, tmp_path: Path) -> None:
@@ -208,6 +258,59 @@ def test_a_run_interrupted_at_any_stage_goes_on_there(
     assert (tmp_path / "run" / "probe" / "result.json").read_text() == probe_run
     for name in ("setting.json", "adapter/adapter_model.safetensors", "history.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"n_keep": 99}, "n_keep=99, but a layer has only 7 targeted linears"),
+        ({"budget": 10}, "a budget of 10 parameters is less than rank 1"),
+    ],
+)
+def test_what_no_probe_could_serve_is_refused_before_one_is_trained(
+    method: dict[str, int], message: str, base: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(RecipeError, match=message):
+        train_recipe(recipe(base, method=method), out, progress=False)
+    assert not list(out.iterdir())
+    train_recipe(recipe(base), out, progress=False)
+
+
+def test_a_recipe_put_right_after_its_probe_goes_on_with_it(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    wrong = recipe(base, method={"r": 2, "init_from_probe": True})
+    with pytest.raises(ValueError, match="the probe has rank 4, this adapter 2"):
+        train_recipe(wrong, out, progress=False)
+    assert [path.name for path in out.iterdir()] == ["probe"]
+    made = (out / "probe" / "result.json").read_text()
+    with pytest.raises(
+        CheckpointError, match=r"probe holds a run of another recipe .*method\.r: 4 there"
+    ):
+        train_recipe(recipe(base, method={"probe_r": 2}), out, progress=False)
+    plain = recipe(base, method={"scorer": "random"})
+    with pytest.raises(CheckpointError, match="already holds probe of something else"):
+        train_recipe(plain, out, progress=False)
+    train_recipe(recipe(base, method={"r": 4, "init_from_probe": True}), out, progress=False)
+    assert (out / "probe" / "result.json").read_text() == made
+
+
+def test_a_run_that_was_moved_goes_on_there(base: Path, tmp_path: Path) -> None:
+    train_recipe(recipe(base), tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(recipe(base), tmp_path / "run", progress=False, callbacks=[StopAt(3)])
+    (tmp_path / "run").rename(tmp_path / "moved")
+    train_recipe(recipe(base), tmp_path / "moved", resume=True, progress=False)
+    for name in ("setting.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_does_not_go_on_with_another_setting(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train_recipe(recipe(base), tmp_path / "run", progress=False, callbacks=[StopAt(3)])
+    handmade(tmp_path / "run" / "setting.json", [LLAMA[:2]] * 2)
+    with pytest.raises(CheckpointError, match="setting: "):
+        train_recipe(recipe(base), tmp_path / "run", resume=True, progress=False)
 
 
 def test_a_probe_of_its_own_length_and_downstream_from_its_weights(

@@ -124,6 +124,29 @@ def test_oracle_3_the_scores_are_the_dense_ones() -> None:
     )
 
 
+@pytest.mark.parametrize("scorer", [s for s in MODULE_SCORERS if s != "sensitivity"])
+def test_oracle_3_the_scores_do_not_depend_on_the_batches(scorer: str) -> None:
+    _, handle, _ = probe()
+    made = [
+        make_setting(handle, batches, n_keep=2, scorer=scorer)
+        for batches in (batches_of(4, count=3), batches_of(12))
+    ]
+    for one, two in zip(made[0].layers, made[1].layers, strict=True):
+        for name in one:
+            assert one[name].score == pytest.approx(two[name].score, rel=1e-3)
+
+
+def test_oracle_3_every_batch_weighs_the_same_for_the_sensitivity() -> None:
+    _, handle, _ = probe()
+    batches = batches_of(4, count=2)
+    whole = make_setting(handle, batches, n_keep=2, scorer="sensitivity")
+    parts = [make_setting(handle, [b], n_keep=2, scorer="sensitivity") for b in batches]
+    for number, layer in enumerate(whole.layers):
+        for name, module in layer.items():
+            mean = sum(part.layers[number][name].score for part in parts) / 2
+            assert module.score == pytest.approx(mean)
+
+
 def test_oracle_3_equal_scores_go_to_the_linear_that_runs_first() -> None:
     equal = dict.fromkeys(LLAMA, 0.5)
     assert [name for name, kept in choose([equal], 2, "layer")[0].items() if kept] == [*LLAMA[:2]]

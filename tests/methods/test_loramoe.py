@@ -9,7 +9,9 @@ from torch import Tensor
 import loramux
 from loramux.core.mixing import localised_weights, spread
 from loramux.core.types import RouteRecord
+from loramux.data import Example
 from loramux.methods.loramoe import LoRAMoEConfig, localised_balance
+from loramux.train import Job, Trainer, TrainingConfig
 from methods.bridge import adapter_of, same_gradients
 from methods.site_mixture_case import ASKED, MASK, attached, config_of, oracle, run
 from oracles import site_mixture
@@ -158,6 +160,17 @@ def test_a_training_row_without_a_type_is_refused_and_a_star_stands_for_all_othe
     model, handle = attached("loramoe", sample_types=TYPES)
     run(model, handle)
     torch.testing.assert_close(starred, handle.aux_losses()["default/localised"])
+
+
+def test_a_training_row_without_a_type_is_refused_before_the_run_and_a_validation_row_is_not():
+    training = TrainingConfig(steps=1, micro_batch_size=2)
+    known, other = (Example.build(task, [5, 6, 7], [False, True, True]) for task in ("ask", "sing"))
+    model, handle = attached("loramoe", sample_types={"ask": 1})
+    with pytest.raises(ValueError, match=r"training rows of task 'sing': .*knows the tasks"):
+        Trainer(model, handle, [Job("default", [known, other], training)])
+    Trainer(model, handle, [Job("default", [known], training, validation=[other])]).run()
+    model, handle = attached("loramoe", sample_types={"ask": 1}, blc_weight=0.0)
+    Trainer(model, handle, [Job("default", [known, other], training)]).run()
 
 
 def test_without_types_the_loss_only_evens_out_the_experts():

@@ -165,6 +165,9 @@ ONE = "mola.layers.0.self_attn.q_proj"
         (lambda c: c.update(r=RANK + 1), "another rank than r=5"),
         (lambda c: c.update(num_experts=4), "has 3 experts and a gate, num_experts is 4"),
         (lambda c: c.update(top_k=4), "top_k is 4"),
+        (lambda c: c.update(routing_strategy="loramoe"), "peft_type is 'MOLA', but routing_strat"),
+        (lambda c: c.update(routing_strategy=7), "routing_strategy 7; expected 'mola'"),
+        (lambda c: c.update(lora_alpha=-1), "lora_alpha is -1"),
         (lambda c: c.update(top_kk=2), "did you mean 'top_kk' -> 'top_k'"),
         (lambda c: c.pop("r"), "lacks"),
         (lambda c: c["target_modules"].append("k_proj"), "disagree about .*k_proj"),
@@ -178,6 +181,20 @@ def test_a_config_that_does_not_fit_is_refused(edit: EditConfig, message: str, t
     path.write_text(json.dumps(config))
     with pytest.raises(FormatError, match=message):
         logits_of(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(("top_k", "loads"), [(2, True), (0, False), (9, False), ("x", False)])
+def test_a_top_k_that_loramoe_does_not_need_must_make_sense(
+    top_k: object, loads: bool, tmp_path: Path
+):
+    published("loramoe", tmp_path / "theirs")
+    path = tmp_path / "theirs" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"top_k": top_k}))
+    if loads:
+        logits_of(tmp_path / "theirs")
+    else:
+        with pytest.raises(FormatError, match="top_k is"):
+            logits_of(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,32 @@ def test_training_and_validation_tell_the_gate_the_task_of_every_row(packing: bo
         Trainer(model, handle, [Job("default", strange, training, packing=packing)]).run()
 
 
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_a_row_of_an_unknown_task_is_refused_before_any_job_trains(part: str, tmp_path: Path):
+    model = build_pico("llama")
+    handle = loramux.attach(model, loramux.LoraConfig(r=2), name="good")
+    handle.add(config_of("moelora"), name="tasks")
+    training = TrainingConfig(steps=2, micro_batch_size=2)
+    strange = [*EXAMPLES, example("dance", 5, 6, 7, 8)]
+    rows = (strange, EXAMPLES) if part == "training" else (EXAMPLES, strange)
+    jobs = [Job(name, rows[0], training, validation=rows[1]) for name in ("good", "tasks")]
+    with pytest.raises(ValueError, match=f"job 'tasks', {part} rows of task 'dance': .*none of"):
+        Trainer(model, handle, jobs, out=tmp_path / "run")
+    Trainer(model, handle, jobs[:1], out=tmp_path / "run").run()
+
+
+def test_a_training_step_without_labels_says_nothing_of_prompts(caplog: pytest.LogCaptureFixture):
+    """The gate looks up tasks: there is no prompt that it could read too far."""
+    model, handle = attached("moelora")
+    with handle.batch(tasks=["ask", "tell"]):
+        model.train()(input_ids=IDS)
+    assert "without labels" not in caplog.text
+    handle.add(loramux.MiLoRAConfig(r=2), name="reader")
+    handle.use("reader")
+    model(input_ids=IDS)
+    assert "training ['reader'] without labels" in caplog.text
+
+
 def test_a_packed_row_is_the_rows_it_holds():
     model, _ = attached("moelora")
     packed = collate(EXAMPLES, 0, packing=True, max_len=8)

@@ -44,6 +44,12 @@ def test_of_some_layers_only_those_are_counted():
     assert found == {1: 1, 4: 3}
 
 
+def test_more_numbers_than_layers_are_refused():
+    config = config_of("mola", experts_per_layer=(2, 4, 6))
+    with pytest.raises(ValueError, match="has 3 numbers for 2 layers .* give at most 2"):
+        loramux.attach(build_pico("llama"), config)
+
+
 def test_the_parameters_are_those_of_the_formula():
     _, handle = attached("mola", fresh=True)
     adapter = adapter_of(handle)

@@ -99,9 +99,12 @@ def test_counts_of_all_micro_batches_move_the_bias_once():
         assert torch.equal(one.bias, other.bias)
 
 
-def test_a_loop_that_knows_nothing_of_biases_still_moves_them_once_per_optimizer_step():
+@pytest.mark.parametrize(("fused", "set_to_none"), [(True, True), (False, True), (False, False)])
+def test_a_loop_that_knows_nothing_of_biases_still_moves_them_once_per_optimizer_step(
+    fused: bool, set_to_none: bool
+):
     model, handle, _, _ = attached(bias_step=0.125)
-    optimizer = torch.optim.AdamW(handle.trainable_parameters().values(), lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW(handle.trainable_parameters().values(), lr=1e-3, fused=fused)
     start = biases(handle)
     model.train()
     for step in range(3):
@@ -112,13 +115,13 @@ def test_a_loop_that_knows_nothing_of_biases_still_moves_them_once_per_optimizer
             moved = [bias - start[path] for path, bias in biases(handle).items()]
             assert max(float(m.abs().max()) for m in moved) == pytest.approx(0.125 * step)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=set_to_none)
 
 
 def test_every_forward_moves_the_bias_where_that_is_asked_for():
     model, handle, _, _ = attached(bias_step=0.125, update_every="forward")
     start = biases(handle)
-    for part in micro_batches():
+    for part in (*micro_batches(), BATCH):  # the next forward pass moves it
         model.train()(**part)
     moved = [bias - start[path] for path, bias in biases(handle).items()]
     assert max(float(m.abs().max()) for m in moved) == pytest.approx(0.25)

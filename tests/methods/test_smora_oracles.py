@@ -11,6 +11,7 @@ import loramux
 from loramux.core.sites import find_sites
 from loramux.core.types import RouteRecord
 from loramux.methods.smora import RankRouter, SMoRAConfig, SMoRAMethod, max_violation
+from methods import smora_shards
 from methods.bridge import adapter_of, build_double, close, same_gradients
 from methods.smora_case import (
     BATCH,
@@ -158,7 +159,8 @@ def test_6_evaluation_leaves_the_bias_alone():
     with torch.no_grad():
         run(model)
     assert all(torch.equal(bias, before[path]) for path, bias in biases(handle).items())
-    run(model)
+    for _ in range(2):  # it moves between two training forwards, not inside one
+        run(model)
     assert all(not torch.equal(bias, before[path]) for path, bias in biases(handle).items())
 
 
@@ -229,23 +231,39 @@ def test_9_two_shards_with_summed_counts_move_the_bias_as_the_whole_batch():
     torch.testing.assert_close(whole.bias, torch.tensor(expected))
 
 
+def test_9_two_processes_with_half_the_batch_each_move_the_bias_as_one_with_all(tmp_path: Path):
+    for shard in smora_shards.in_processes(2, tmp_path):
+        for update_every, biases_of in shard.items():
+            whole = smora_shards.trained(0, 1, update_every)
+            assert any(bias.any() for bias in whole.values())
+            assert all(torch.equal(bias, biases_of[path]) for path, bias in whole.items())
+
+
 @pytest.mark.parametrize("update_every", ["step", "forward"])
-def test_9_activation_checkpointing_counts_every_token_once(update_every: str):
+def test_9_activation_checkpointing_counts_every_token_once_and_changes_no_gradient(
+    update_every: str,
+):
     def moved(checkpointed: bool) -> dict[str, Tensor]:
         model, handle, _, _ = attached(bias_step=0.1, update_every=update_every)
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
-        model(**BATCH).loss.backward()
+        for _ in range(2):  # the second with a bias
+            model.zero_grad()
+            model(**BATCH).loss.backward()
         for router in routers(handle).values():
-            if update_every == "step":
-                assert router.counts is not None
-                assert router.counts.sum() == 3 * MASK.sum()  # padding does not count
+            assert router.counts is not None
+            assert router.counts.sum() == 3 * MASK.sum()  # padding does not count
             router.balance()
-        return biases(handle)
+        slopes = {name: p.grad for name, p in handle.trainable_parameters().items()}
+        assert all(slope is not None and slope.any() for slope in slopes.values())
+        return {**biases(handle), **slopes}  # type: ignore[dict-item]
 
     plain, checkpointed = moved(False), moved(True)
-    assert all(torch.equal(bias, checkpointed[path]) for path, bias in plain.items())
+    for name, want in plain.items():
+        torch.testing.assert_close(
+            checkpointed[name], want, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_10_rows_router_bias_and_config_make_a_round_trip(tmp_path: Path):

@@ -8,7 +8,9 @@ import pytest
 
 import loramux
 from loramux.compose.run import compose_adapters
+from loramux.errors import LoramuxError
 from loramux.report.build import make_report
+from loramux.report.records import read_folder
 from pico import build_pico
 from report.folders import records
 from report.test_run_report import EVIL, Page
@@ -85,6 +87,37 @@ def test_a_comparison_that_has_only_rows_yet_shows_them(tmp_path: Path) -> None:
     (row,) = records(Path(made["report"]))["rows"]
     assert row == {"part": "multi", "method": "lora", "task": "all", "seed": 0, "status": "ok"}
     assert "loramux compare" in made["missing"][0]["how"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"sentence": "hi"}, "sentence"), ({"data": ["x.jsonl"], "base": "b"}, "base, data")],
+)
+def test_a_comparison_is_asked_for_no_sentence_and_no_rows(
+    asked: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    comparison(tmp_path / "out")
+    with pytest.raises(LoramuxError, match=f"is a comparison, whose page takes no {named};"):
+        make_report(tmp_path / "out", **asked)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_it_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison(tmp_path / "out")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setattr("loramux.report.build.build_report", lambda *_: pytest.fail("began"))
+    with pytest.raises(LoramuxError, match=r"x\.html cannot be made: Not a directory"):
+        make_report(tmp_path / "out", tmp_path / "file" / "x.html")
+
+
+def test_only_the_merge_itself_says_where_an_adapter_came_from(tmp_path: Path) -> None:
+    folder = loramux.attach(build_pico("llama"), loramux.LoraConfig(r=2)).save(tmp_path / "a")
+    for name in ("provenance.json", "composed.json"):
+        (folder / name).write_text('{"method": "ties"}')
+    assert read_folder(folder).kind == "adapter"
+    (folder / "compose.json").write_text('{"method": "ties"}')
+    assert read_folder(folder).kind == "merged adapter"
 
 
 @pytest.mark.parametrize("method", ["ties", "cat"])

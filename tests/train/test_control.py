@@ -159,7 +159,7 @@ def test_the_best_weights_come_back_in_the_shapes_they_had(tmp_path: Path) -> No
 def test_edits_are_written_beside_the_history_of_their_job(tmp_path: Path) -> None:
     trainer({"one": Moving()}, out=tmp_path).run()
     rows = json.loads((tmp_path / "one" / "edits.json").read_text())
-    assert [row["step"] for row in rows] == [0, 2, 4, 6, 8]
+    assert [row["step"] for row in rows if row["what"] != "restore"] == [0, 2, 4, 6, 8]
     assert not (tmp_path / "two" / "edits.json").exists()
 
 

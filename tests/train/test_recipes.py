@@ -1,5 +1,6 @@
-"""Every shipped recipe trains: two steps on a tiny model and a few of its own rows, and what it saves loads."""
+"""Every shipped recipe trains: a few steps on a tiny model and a few of its own rows, and what it saves loads."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from pico import build_pico, pico_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 ROWS = {"rows": 6, "skip": 0}
+# Methods that act between steps, so that they do within the few there are; and what their ledger must hold then.
+SOONER = {
+    "alora": {"first_round": 1, "round_every": 1, "round_unit": "steps"},
+    "beamlora": {"interval": 2, "end_step": 5},
+}
+LEDGER = {"alora": {"round", "prune", "add"}, "beamlora": {"plan", "expand"}}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +44,13 @@ def trained_adapters(paths: list[str], base: Path, root: Path) -> list[str]:
 
 
 def shortened(recipe: Recipe, base: Path, root: Path) -> Recipe:
-    """The same recipe for a tiny base, few rows and two steps; adapters that it needs are made."""
+    """The same recipe for a tiny base, few rows and four steps; adapters that it needs are made."""
     raw = recipe.model_dump(mode="json", exclude_unset=True)
     raw |= {"base": str(base), "dtype": "float32"}
     if raw["method"] and "adapters" in raw["method"]:
         raw["method"]["adapters"] = trained_adapters(raw["method"]["adapters"], base, root)
+    if raw["method"]:
+        raw["method"].update(SOONER.get(raw["method"]["name"], {}))
     for part in (raw, *(raw.get("jobs") or ())):
         for split in ("train", "validation"):
             for source in part.get("data", {}).get(split, ()):
@@ -49,7 +58,7 @@ def shortened(recipe: Recipe, base: Path, root: Path) -> Recipe:
         training = part.get("training", {})
         training.pop("epochs", None)
         training.pop("eval_every", None)
-    raw["training"] = {**raw.get("training", {}), "steps": 2, "micro_batch_size": 4}
+    raw["training"] = {**raw.get("training", {}), "steps": 4, "micro_batch_size": 4}
     return Recipe.model_validate(raw)
 
 
@@ -64,3 +73,6 @@ def test_a_shipped_recipe_trains_and_its_adapter_loads(path: Path, base: Path, t
         (adapter,) = handle.adapters.values()
         method = load_method(resolved.method.name)
         assert adapter.method.name == method.name or method.servability == "static"
+        if method.name in LEDGER:
+            edits = json.loads((tmp_path / "run" / "edits.json").read_text())
+            assert LEDGER[method.name] <= {edit["what"] for edit in edits}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,21 @@ def test_another_recipe_is_refused_with_what_differs(tmp_path: Path) -> None:
     two_jobs(tmp_path, StopAt(2)).run()
     with pytest.raises(CheckpointError, match=r"jobs\.one\.training\.learning_rate: 0\.01 there"):
         two_jobs(tmp_path, lr=2e-2)
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_other_tasks_of_the_same_rows_are_other_data(part: str) -> None:
+    rows = examples(4)
+    training = TrainingConfig(steps=1)
+
+    def identity(tasks: list[str]) -> object:
+        named = [replace(row, task=task) for row, task in zip(rows, tasks, strict=True)]
+        data = {"train": rows, part: named}
+        return Job("one", training=training, **data).identity()["data"]  # type: ignore[arg-type]
+
+    before = identity(["asks", "tell", "asks", "tell"])
+    assert before == identity(["asks", "tell", "asks", "tell"])
+    assert before != identity(["tell", "asks", "asks", "tell"])
 
 
 def test_states_are_not_overwritten_without_resume(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def measure(name: str, parts: Sequence[Part], rounds: int) -> dict[str, Any]:
         "target": TARGETS.get(name),
         "rank": made.rank,
         "error": made.error,
-        "distance": distance((made.a, made.b), summed) / norm(*summed),
+        "distance": distance((made.a, made.b), summed) / norm(*summed) if merger.sums else None,
     }
 
 
@@ -110,12 +110,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _line(row: dict[str, Any]) -> str:
-    error = "-" if row["error"] is None else f"{row['error']:.3f}"
+    error, away = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("error", "distance"))
     target = "" if row["target"] is None else f"  (target {row['target']:g} s)"
     return (
         f"{row['method']:<16} {row['threads']} thread{'s' if row['threads'] > 1 else ' '}  {row['seconds']:6.3f} s "
         f"[{row['least']:.3f}, {row['most']:.3f}]  cpu {row['cpu_seconds']:6.3f} s  rank {row['rank']:>3}  "
-        f"error {error}  distance to the weighted sum {row['distance']:.3f}{target}"
+        f"error {error}  distance to the weighted sum {away}{target}"
     )
 
 

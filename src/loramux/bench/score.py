@@ -53,8 +53,10 @@ def _rows(effort: Effort, folder: str | None, layers: int, begin: Begin) -> Meas
     ways: Mapping[str, Callable[[], Tensor]] = {
         NAIVE: lambda: naive(handle, batch, units),
         AGAIN: lambda: naive(handle, batch, units),
-        PREFIX: lambda: ablation_scores(handle, batch, units, tokens_per_forward=1).importance,
-        BOTH: lambda: ablation_scores(handle, batch, units).importance,
+        PREFIX: lambda: (
+            ablation_scores(handle, batch, units, tokens_per_forward=1, reuse=True).importance
+        ),
+        BOTH: lambda: ablation_scores(handle, batch, units, reuse=True).importance,
     }
     advance = begin(
         f"score {len(units)} ranks, {model.config.num_hidden_layers} layers",

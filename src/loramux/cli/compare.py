@@ -93,8 +93,6 @@ def _line(entry: dict[str, Any]) -> list[Any]:
 def _show_gaps(result: dict[str, Any]) -> None:
     for failed in result.get("failed", ()):
         print(f"failed: {failed['row']}: {failed['reason']}")
-    for name, why in result["absent"].items():
-        print(f"absent: {name}: {why}")
 
 
 def _show_plan(plan: dict[str, Any]) -> None:

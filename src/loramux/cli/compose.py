@@ -83,7 +83,9 @@ def compose(
             from loramux.compose.routed import compose_router
 
             lam_given = None if lam == 1 else lam
-            unused = _given(weights=weights, data=data, rows=rows, seed=seed, **{"lambda": lam_given})
+            unused = _given(
+                weights=weights, data=data, rows=rows, seed=seed, **{"lambda": lam_given}
+            )
             result = compose_router(
                 method, adapters, out, base=base, force=force, unused=list(unused), options=options
             )
@@ -124,7 +126,9 @@ def _options(settings: Sequence[str]) -> dict[str, Any]:
             options[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             why = " ".join(str(error).split())
-            raise LoramuxError(f"--set {setting}: the value is not readable as YAML ({why})") from None
+            raise LoramuxError(
+                f"--set {setting}: the value is not readable as YAML ({why})"
+            ) from None
     return options
 
 

@@ -7,14 +7,12 @@ from typing import Any
 from loramux.cli.output import JsonOption, emit, only_json, table
 
 KEYS = ("name", "paper", "granularity", "routing_unit", "servability", "recipe", "page")
-# Made of trained adapters by `compose`, ready without training.
-COMPOSED = ("arrow",)
 # Merging methods share a page, but for the one that is a paper of this field's own.
 OWN_PAGE = ("loralego",)
 
 
 def methods(json: JsonOption = None) -> None:
-    """List the methods: paper, granularity, routing unit, how each can be served, its recipe and its page.
+    """List the methods: paper, granularity, routing unit, how each can be served, its recipe or command, its page.
 
     Example: loramux methods --json -
     """
@@ -27,13 +25,18 @@ def methods(json: JsonOption = None) -> None:
     emit({"methods": found}, json, _show)
 
 
-def _trained(method: dict[str, str]) -> dict[str, str]:
+def _trained(method: dict[str, str]) -> dict[str, str | None]:
+    from loramux.compose.routed import UNTRAINED
+    from loramux.methods import own_names
+
     name = method["name"]
-    recipe = _command(name) if name in COMPOSED else f"recipes/{name}.yaml"
+    if name not in own_names():  # of another package, whose files are not known here
+        return {**method, "recipe": None, "page": None}
+    recipe = _command(name, "--base BASE") if name in UNTRAINED else f"recipes/{name}.yaml"
     return {**method, "recipe": recipe, "page": f"docs/methods/{name}.md"}
 
 
-def _merged(merger: dict[str, Any]) -> dict[str, str]:
+def _merged(merger: dict[str, Any]) -> dict[str, str | None]:
     name = merger["name"]
     return {
         "name": name,
@@ -42,13 +45,15 @@ def _merged(merger: dict[str, Any]) -> dict[str, str]:
         "granularity": "adapters merged",
         "routing_unit": "none",
         "servability": merger["servability"],
-        "recipe": _command(name),
+        "recipe": _command(
+            name, *(["--base BASE --data FILE.jsonl"] if merger["searches"] else [])
+        ),
         "page": f"docs/methods/{name}.md" if name in OWN_PAGE else "docs/compose.md",
     }
 
 
-def _command(name: str) -> str:
-    return f"loramux compose {name} A B --out DIR"
+def _command(name: str, *needed: str) -> str:
+    return " ".join([f"loramux compose {name} A B", *needed, "--out DIR"])
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -31,7 +31,10 @@ def report(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE.jsonl ...", help="Draw the routing of these tasks' questions."),
+        typer.Option(
+            metavar="FILE.jsonl ...",
+            help="Draw the routing of these tasks' questions; a folder ends the list.",
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(min=1, metavar="N", help="Of each file.")] = 64,
     open_it: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,

@@ -51,12 +51,12 @@ def dry_run(
                 "task": item.task,
                 "seed": item.seed,
                 "tokens": item.tokens,
+                "search_tokens": item.search_tokens,
                 "test_tokens": item.test_tokens,
                 "done": item.id in rows,
             }
             for item in items
         ],
-        "absent": dict(plan.absent),
         "left": len(left),
         "seconds": round(seconds / workers),
     }

@@ -100,11 +100,15 @@ def _check_methods(suite: Suite) -> None:
 
 
 def _check_fusion(suite: Suite) -> None:
-    from loramux.compare.fusion import WAYS
+    from loramux.compare.ways import check_options, ways
 
-    for name in (suite.fusion.methods or {}) if suite.fusion else ():
-        if name not in WAYS:
-            raise SuiteError(f"fusion.methods: no way called {name!r}; {suggest(name, WAYS)}")
+    if suite.fusion is None or suite.fusion.methods is None:
+        return
+    known, tasks = ways(), list(suite.fusion.tasks or suite.tasks)
+    for name, options in suite.fusion.methods.items():
+        if name not in known:
+            raise SuiteError(f"fusion.methods: no way called {name!r}; {suggest(name, known)}")
+        check_options(f"fusion.methods.{name}", known[name], options, tasks)
 
 
 def _check_metric(suite: Suite) -> None:

@@ -7,14 +7,16 @@ Only Linux says it; elsewhere it is left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux.train.events import Listener
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from loramux.core.adapter import Adapter
     from loramux.core.types import RouteRecord, Site
@@ -85,13 +87,50 @@ def _bytes_of(field: str) -> int:
 # --- Active parameters ----------------------------------------------------------------------------
 
 
-def active_parameters(adapter: Adapter, records: Sequence[RouteRecord]) -> float:
-    """Parameters that act on an average token of the last forward pass; routers act on every token.
+@dataclass
+class Used:
+    """Of one router: its columns, and on how many of `num` tokens (or requests) each was chosen."""
 
-    A share of a site's experts (or ranks, or the site as a whole) is what the last routing used of them; where no
-    router decided, all of it.
+    columns: tuple[str, ...]
+    often: Tensor
+    num: int
+
+    @property
+    def shares(self) -> list[float]:
+        return [1.0] * len(self.columns) if self.num == 0 else (self.often / self.num).tolist()
+
+
+class Usage:
+    """What the routers chose over all forward passes that it watched, by the path of the router."""
+
+    def __init__(self) -> None:
+        self.by_path: dict[str, Used] = {}
+
+    @contextmanager
+    def watching(self, model: Any, handle: Any) -> Iterator[None]:
+        hook = model.register_forward_hook(lambda *_: self.add(handle.routing()))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def add(self, records: Sequence[RouteRecord]) -> None:
+        for record in records:
+            chosen = record.gates != 0
+            chosen = chosen if record.valid is None else chosen[record.valid]
+            own = self.by_path.get(record.path)
+            often, num = chosen.sum(0).double(), chosen.shape[0]
+            if own is not None:
+                often, num = often + own.often, num + own.num
+            self.by_path[record.path] = Used(record.columns, often, num)
+
+
+def active_parameters(adapter: Adapter, usage: Usage) -> float:
+    """Parameters that act on an average token of the watched passes; routers act on every token.
+
+    A share of a site's experts (or ranks, or the site as a whole) is what its router used of them; where no router
+    decided, or none that says what it chose for this very site, all of it.
     """
-    own = {record.path: record for record in records}
     total = float(
         sum(p.numel() for router in adapter.routers.values() for p in router.parameters())
     )
@@ -99,10 +138,7 @@ def active_parameters(adapter: Adapter, records: Sequence[RouteRecord]) -> float
         if path not in adapter.rows:
             continue
         rows = adapter.rows[path]
-        unit = adapter.method.unit_of(site)
-        places = (unit, path, site.block, site.layer_path)
-        record = next((own[place] for place in places if place in own), None)
-        shares = _shares(record, site, rows.spans.num_slots)
+        shares = _shares(_router_of(adapter, site, usage), site, rows.spans.num_slots)
         for slot, share in enumerate(shares):
             total += share * rows.spans.rank[slot] * (site.d_in * (not rows.tied) + site.d_out)
         total += rows.a.numel() if rows.tied else 0
@@ -112,21 +148,27 @@ def active_parameters(adapter: Adapter, records: Sequence[RouteRecord]) -> float
     return total
 
 
-def _shares(record: RouteRecord | None, site: Site, num_slots: int) -> list[float]:
+def _router_of(adapter: Adapter, site: Site, usage: Usage) -> Used | None:
+    """The router that governs a site: the one its method names, else the nearest."""
+    governor = adapter.method.governor_of(site)
+    if governor is not None:
+        return usage.by_path.get(governor)
+    places = (adapter.method.unit_of(site), site.path, site.block, site.layer_path)
+    return next((usage.by_path[p] for p in places if p is not None and p in usage.by_path), None)
+
+
+def _shares(used: Used | None, site: Site, num_slots: int) -> list[float]:
     """How often each slot of the site was used, 0 to 1."""
-    if record is None:
+    if used is None:
         return [1.0] * num_slots
-    used = record.gates != 0
-    valid: torch.Tensor | None = record.valid
-    used = used if valid is None else used[valid]
-    often = used.float().mean(0).tolist() if used.shape[0] else [1.0] * used.shape[1]
-    if site.name in record.columns:
-        return [often[record.columns.index(site.name)]] * num_slots
+    often = used.shares
+    if site.name in used.columns:
+        return [often[used.columns.index(site.name)]] * num_slots
     if len(often) == num_slots:
-        return [float(share) for share in often]
+        return often
     # Units of several neighbouring slots.
     size, rest = divmod(num_slots, len(often))
-    return [float(s) for s in often for _ in range(size)] if not rest else [1.0] * num_slots
+    return [share for share in often for _ in range(size)] if not rest else [1.0] * num_slots
 
 
 # --- Decode cost ----------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ many tokens that is stands in every item, and a training that saw another number
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loramux.compare.budget import Counter, Fields, Matched, match_all
-from loramux.compare.schema import Suite, Task
+from loramux.compare.schema import Suite, SuiteError, Task
 from loramux.recipe import DataSource, Recipe, parse_recipe
 
 FORMAT = 1  # of rows; a new number makes all rows again
@@ -25,7 +25,8 @@ Work = dict[str, Any]
 class Item:
     """One row to be. id: digest of all that its results depend on, so a changed suite keeps what still holds.
 
-    needs: ids of the items whose adapters it takes. tokens: those it trains on; test_tokens: those it is measured on.
+    needs: ids of the items whose adapters it takes. tokens: those it trains on; search_tokens: those that a search
+    reads without gradients; test_tokens: those it is measured on.
     """
 
     id: str
@@ -37,6 +38,7 @@ class Item:
     needs: tuple[str, ...] = ()
     tokens: int = 0
     test_tokens: int = 0
+    search_tokens: int = 0
 
     @property
     def title(self) -> str:
@@ -45,11 +47,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Plan:
-    """Items in the order they are run, and the matched method fields. absent: ways of fusing that are not there."""
+    """Items in the order they are run, and the matched method fields."""
 
     items: tuple[Item, ...]
     matched: Mapping[str, Matched]
-    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 class Planner:
@@ -100,7 +101,7 @@ class Planner:
         suite = self.suite
         splits: dict[str, list[DataSource]] = {"train": [], "validation": []}
         for task in tasks.values():
-            splits["train"].append(_at_most(task.train, rows))
+            splits["train"].append(at_most(task.train, rows))
             splits["validation"] += [task.validation] if task.validation is not None else []
         data = {
             name: [source.model_dump(exclude_defaults=True) for source in sources]
@@ -129,9 +130,12 @@ class Planner:
         *,
         needs: Mapping[str, str] | None = None,
         recipe: Recipe | None = None,
+        examples: Mapping[str, DataSource] | None = None,
     ) -> Item:
-        """An item of this work. `tests`: the tasks it is measured on; `needs`: adapters by the name of their task."""
-        suite, needs = self.suite, dict(needs or {})
+        """An item of this work. `tests`: the tasks it is measured on; `needs`: adapters by the name of their task;
+        `examples`: rows that a search reads at every evaluation.
+        """
+        suite, needs, examples = self.suite, dict(needs or {}), dict(examples or {})
         sources = {t: suite.tasks[t].test for t in tests}
         work = {
             **work,
@@ -152,8 +156,16 @@ class Planner:
             "seed": seed,
             "work": _without_places(work),
             "base": self.base,
-            "data": [self.file(s) for s in (*sources.values(), *_sources(recipe))],
+            "data": [
+                self.file(s) for s in (*sources.values(), *_sources(recipe), *examples.values())
+            ],
+            **_own_rate(recipe),
         }
+        search_tokens = 0
+        if examples:
+            search_tokens = work["settings"]["budget"] * self.tokens.of_rows(examples.values())
+            work["search_tokens"] = search_tokens
+            work["examples"] = {t: s.model_dump() for t, s in examples.items()}
         # What is not a result's business: how fast it is made, and how cost is measured.
         work |= {
             "threads": suite.threads,
@@ -170,6 +182,7 @@ class Planner:
             needs=tuple(needs.values()),
             tokens=tokens,
             test_tokens=sum(self.tokens.of_test(t) for t in tests),
+            search_tokens=search_tokens,
         )
 
     def file(self, source: DataSource) -> list[Any]:
@@ -191,18 +204,34 @@ def make_plan(suite: Suite) -> Plan:
 
     Raises SuiteError where the budget cannot be met, and DataError where data is missing: before anything runs.
     """
-    from loramux.compare.fusion import absent_ways, fusion_items, seeds_of_fusion
+    from loramux.compare.fusion import fusion_items, seeds_of_fusion
 
     planner = Planner(suite)
     items: dict[str, Item] = {}
-    absent = absent_ways(suite)
     fusion_seeds = seeds_of_fusion(suite)
     most = [len(fusion_seeds), *(len(suite.seeds_of(label)) for label in suite.methods)]
     for at in range(max(most)):
-        fused = [i for s in fusion_seeds[at : at + 1] for i in fusion_items(planner, s, absent)]
+        fused = [i for s in fusion_seeds[at : at + 1] for i in fusion_items(planner, s)]
         for item in [*_multi(planner, at), *_single(planner, at), *fused]:
             items.setdefault(item.id, item)
-    return Plan(tuple(items.values()), planner.matched, absent)
+    for part in ("multi", "single", "fusion"):
+        tokens_of(items.values(), part)
+    return Plan(tuple(items.values()), planner.matched)
+
+
+def tokens_of(items: Iterable[Item], part: str) -> dict[str, list[int]]:
+    """Task -> the numbers of tokens that trainings of this part see, one for each seed; raises where methods differ."""
+    found: dict[str, dict[int, int]] = {}
+    for item in items:
+        if item.part != part or not item.tokens:
+            continue
+        known = found.setdefault(item.task, {}).setdefault(item.seed, item.tokens)
+        if known != item.tokens:
+            raise SuiteError(
+                f"{item.title} would train on {item.tokens:,} tokens and others of its part on {known:,}; "
+                "all trainings of a part must see the same"
+            )
+    return {task: list(by_seed.values()) for task, by_seed in found.items()}
 
 
 def _single(planner: Planner, at: int) -> list[Item]:
@@ -245,7 +274,7 @@ def digest_of(base: str) -> str:
     return base if folder is None else base_digest(folder)
 
 
-def _at_most(source: DataSource, rows: int | None) -> DataSource:
+def at_most(source: DataSource, rows: int | None) -> DataSource:
     if rows is None:
         return source
     least = rows if source.rows is None else min(rows, source.rows)
@@ -256,9 +285,20 @@ def _sources(recipe: Recipe | None) -> list[DataSource]:
     return [] if recipe is None else [*recipe.data.train, *recipe.data.validation]
 
 
+def _own_rate(recipe: Recipe | None) -> Fields:
+    """The learning rate of a training that takes its method's default."""
+    if recipe is None or recipe.training.learning_rate is not None:
+        return {}
+    (job,) = recipe.jobs_resolved()
+    return {"learning_rate": job.training.learning_rate}
+
+
 def _without_places(work: Work) -> Work:
-    """The work without paths and threads: files and bases count by their content, wherever they lie."""
-    kept = {k: v for k, v in work.items() if k not in ("base", "tests")}
+    """The work without paths and threads: files and bases count by their content, wherever they lie.
+
+    Options as given are left out too, beside the settings that they complete to.
+    """
+    kept = {k: v for k, v in work.items() if k not in ("base", "tests", "options")}
     if "recipe" in kept:
         skipped = ("base", "threads", "data")
         kept["recipe"] = {k: v for k, v in kept["recipe"].items() if k not in skipped}

@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 def cost(item: Item) -> float:
     """In tokens of a forward pass."""
-    return TRAIN_COST * item.tokens + item.test_tokens
+    return TRAIN_COST * item.tokens + item.search_tokens + item.test_tokens
 
 
 class Clock:

@@ -23,6 +23,7 @@ from loramux.compare.progress import progress_of
 from loramux.compare.rows import RowStore, locked
 from loramux.compare.schema import Suite
 from loramux.compare.select import select
+from loramux.formats.files import check_place
 
 OK, FAILED = "ok", "failed"
 WORK, SUITE = "work", "suite.json"
@@ -50,6 +51,7 @@ def run_suite(
     from loramux.compare.summary import write_results
 
     out = Path(out)
+    check_place(out / SUITE if out.exists() else out)
     plan = make_plan(suite)
     chosen = select(plan.items, only)
     with locked(out):
@@ -69,10 +71,10 @@ def run_suite(
 
 
 def results(suite: Suite, out: Path) -> dict[str, Any]:
-    """The results over the rows that are there; nothing is run."""
-    from loramux.compare.summary import write_results
+    """The results over the rows that are there; nothing is run and nothing is written."""
+    from loramux.compare.summary import summarise
 
-    return write_results(suite, make_plan(suite), RowStore(Path(out)).read(), Path(out))
+    return summarise(suite, make_plan(suite), RowStore(Path(out)).read())
 
 
 class _Run:

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loramux.compare.fusion import ONLY, ORACLE, PART, WAYS
-from loramux.compare.plan import Item, Plan
+from loramux.compare.fusion import ONLY, PART, seeds_of_fusion
+from loramux.compare.plan import Item, Plan, tokens_of
 from loramux.compare.schema import Suite
 from loramux.compare.scoring import row_scores
 from loramux.compare.stats import Scores, mean_over_tasks, paired_bootstrap, row_error, spread
+from loramux.compare.ways import BASE, EACH, ORACLE, ways
 
 JSON_FILE, TABLES, PLOT = "results.json", "results.md", "results"
 PARTS = ("multi", "single", PART)
@@ -26,6 +27,7 @@ MEASURES = (
     "parameters",
     "trainable_at_end",
     "extra_tokens",
+    "search_tokens",
 )
 Row = Mapping[str, Any]
 BySeed = dict[int, dict[str, Any]]
@@ -75,7 +77,6 @@ def summarise(suite: Suite, plan: Plan, rows: Mapping[str, Row]) -> dict[str, An
             }
             for label, found in plan.matched.items()
         },
-        "absent": dict(plan.absent),
         "failed": failed,
         "parts": parts,
     }
@@ -93,7 +94,7 @@ def _part(suite: Suite, plan: Plan, name: str, done: Sequence[tuple[Item, Row]])
     return {
         "reference": reference,
         "tasks": _tasks(suite, name),
-        "tokens": _tokens(plan, name),
+        "tokens": tokens_of(plan.items, name),
         "methods": [
             _entry(label, by_seed, None if label == reference else theirs, _tasks(suite, name))
             for label, by_seed in gathered.items()
@@ -116,17 +117,24 @@ def _gather(part: str, done: Sequence[tuple[Item, Row]]) -> dict[str, BySeed]:
 def _with_oracle(
     suite: Suite, fused: dict[str, BySeed], single: dict[str, BySeed], adapters: str
 ) -> dict[str, BySeed]:
-    """The ways in the order of the table, with `oracle` made of the single-task trainings."""
+    """The ways in the order of the table, with `oracle` made of the single-task trainings.
+
+    The bare base has one row; it stands for every seed of the others.
+    """
     tasks = _tasks(suite, PART)
+    if BASE in fused:
+        (bare,) = fused[BASE].values()
+        fused = {**fused, BASE: dict.fromkeys(seeds_of_fusion(suite), bare)}
     oracle: BySeed = {}
     for seed, own in single.get(adapters, {}).items():
         if all(task in own["scores"] for task in tasks):
-            oracle[seed] = {"scores": {t: own["scores"][t] for t in tasks}, "rows": []}
+            rows = [row for row in own["rows"] if row["task"] in tasks]
+            oracle[seed] = {"scores": {t: own["scores"][t] for t in tasks}, "rows": rows}
     found = {**fused, **({ORACLE: oracle} if oracle else {})}
-    order = list(WAYS)
+    order = list(ways())
 
     def place(label: str) -> int:
-        return order.index("each" if label.startswith(ONLY) else label)
+        return order.index(EACH if label.startswith(ONLY) else label)
 
     return dict(sorted(found.items(), key=lambda pair: place(pair[0])))
 
@@ -160,6 +168,7 @@ def _entry(
         else None
     )
     entry["servability"] = next((r["servability"] for r in rows if r.get("servability")), None)
+    entry["notes"] = list(dict.fromkeys(row["note"] for row in rows if row.get("note")))
     entry["tokens"] = sum(row.get("tokens", 0) for row in rows) / max(len(by_seed), 1)
     return entry
 
@@ -176,15 +185,6 @@ def _task(scores: Mapping[int, Scores], task: str) -> dict[str, Any]:
 def _tasks(suite: Suite, part: str) -> list[str]:
     chosen: tuple[str, ...] | None = getattr(suite, part).tasks
     return list(chosen or suite.tasks)
-
-
-def _tokens(plan: Plan, part: str) -> dict[str, list[int]]:
-    """Task -> the numbers of tokens that trainings of this part see, one for each seed; equal for all methods."""
-    found: dict[str, dict[int, int]] = {}
-    for item in plan.items:
-        if item.part == part and item.tokens:
-            found.setdefault(item.task, {})[item.seed] = item.tokens
-    return {task: list(by_seed.values()) for task, by_seed in found.items()}
 
 
 def _mean(values: Sequence[float]) -> float | None:

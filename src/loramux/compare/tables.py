@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-TITLES = {
-    "multi": "All tasks mixed, one adapter",
-    "single": "One adapter per task",
-    "fusion": "Trained adapters put together",
-}
+from loramux.report.comparison import PARTS
+
+TITLES = PARTS
 Result = Mapping[str, Any]
 
 
@@ -21,8 +19,6 @@ def markdown(result: Result) -> str:
             continue
         blocks += [f"## {TITLES[name]}", _about(part, result), _scores(part), _costs(part)]
     blocks += ["## Trainable parameters", _matched(result)]
-    if result["absent"]:
-        blocks += ["Absent: " + "; ".join(f"{k} ({why})" for k, why in result["absent"].items())]
     if result["failed"]:
         lines = "\n".join(f"* {one['row']}: {one['reason']}" for one in result["failed"])
         blocks += ["## Failed rows", lines]
@@ -111,6 +107,12 @@ def _costs(part: Result) -> str:
         for entry in part["methods"]
         if entry["extra_tokens"]
     ]
+    extra += [
+        f"{entry['method']} read {entry['search_tokens']:,.0f} tokens in its search, without gradients, per row."
+        for entry in part["methods"]
+        if entry["search_tokens"]
+    ]
+    extra += [f"{entry['method']}: {note}" for entry in part["methods"] for note in entry["notes"]]
     return "\n\n".join([table(columns, lines), *extra])
 
 

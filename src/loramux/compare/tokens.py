@@ -5,10 +5,11 @@ Why counted and not measured: equal tokens are a claim about every row, and the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from loramux.compare.schema import Suite
-from loramux.recipe import Recipe
+from loramux.recipe import DataSource, Recipe
 
 
 class Tokens:
@@ -40,6 +41,12 @@ class Tokens:
             self._examples[key] = build_job(job, self.tokenizer)
         built = replace(self._examples[key], training=job.training, seed=job.seed)
         return sum(len(built.train[i]) for batch in built.plan() for i in batch)
+
+    def of_rows(self, sources: Iterable[DataSource]) -> int:
+        """Tokens of these training rows, each read once."""
+        from loramux.data import load_examples
+
+        return sum(len(one) for source in sources for one in load_examples(source, self.tokenizer))
 
     def of_test(self, task: str) -> int:
         """Tokens of the test rows with all their choices; where there are none, of the questions and the answer."""

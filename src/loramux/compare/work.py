@@ -7,25 +7,29 @@ adapter and its history stay on disk.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from loramux.compare.measure import Meter, active_parameters, decode_cost
+from loramux.compare.measure import Meter, Usage, active_parameters, decode_cost
 from loramux.compare.schema import SuiteError
 from loramux.compare.scoring import score
 
 Work = Mapping[str, Any]
 Found = dict[str, Any]
 PROBE, RESULT = "probe", "result.json"
+EXPERTS = "experts"
 LEFT_OVERS = ("checkpoints", "tensorboard", "best")
 
 
 def carry_out(work: Work, folder: Path, folders: Mapping[str, Path]) -> Found:
     """The results of one item. folder: empty, its adapter goes there; folders: the folder of each item it needs."""
-    adapters = {name: str(folders[need] / "adapter") for name, need in work["needs"].items()}
+    needs = {name: adapter_of(folders[need]) for name, need in work["needs"].items()}
+    adapters = _named(needs, folder.parent / EXPERTS)
     found: Found
     found, adapter = MAKE[work["kind"]](work, folder, adapters)
     return found | measured(work, adapter)
@@ -33,6 +37,18 @@ def carry_out(work: Work, folder: Path, folders: Mapping[str, Path]) -> Found:
 
 def adapter_of(folder: Path) -> Path:
     return folder / "adapter"
+
+
+def _named(adapters: Mapping[str, Path], links: Path) -> dict[str, str]:
+    """Folders that have the names of the tasks, which become those of the experts: links to the adapters."""
+    found = {}
+    for name, adapter in adapters.items():
+        link = links / name
+        links.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(os.path.relpath(adapter.resolve(), links.resolve()))
+        found[name] = str(link)
+    return found
 
 
 def _train(work: Work, folder: Path, adapters: Mapping[str, str]) -> tuple[Found, Path]:
@@ -72,14 +88,17 @@ def _score(work: Work, folder: Path, adapters: Mapping[str, str]) -> tuple[Found
     return {}, next((Path(adapter) for adapter in adapters.values()), None)
 
 
-def _put_together(work: Work, folder: Path, adapters: Mapping[str, str]) -> tuple[Found, Path]:
+def _put_together(
+    work: Work, folder: Path, adapters: Mapping[str, str]
+) -> tuple[Found, Path | None]:
     """One adapter out of several: merged, or behind a router that needs no training."""
     from loramux.compare.fusion import compose, route
 
     start = time.process_time()
     make = {"compose": compose, "route": route}[work["kind"]]
     about = make(work, adapters, adapter_of(folder))
-    return {"make_seconds": round(time.process_time() - start, 2), **about}, adapter_of(folder)
+    seconds, made = round(time.process_time() - start, 2), adapter_of(folder)
+    return {"make_seconds": seconds, **about}, made if made.exists() else None
 
 
 MAKE: dict[str, Any] = {
@@ -105,14 +124,16 @@ def measured(work: Work, adapter: Path | None) -> Found:
         (entry,) = handle.adapters.values()
         found["parameters"] = sum(p.numel() for p in entry.parameters())
         found["servability"] = entry.method.servability
+    usage = Usage()
     start = time.process_time()
-    found["scores"] = score(
-        model, loaded.tokenizer, work["tests"], work["metric"], work["eval_batch_size"]
-    )
+    with nullcontext() if handle is None else usage.watching(model, handle):
+        found["scores"] = score(
+            model, loaded.tokenizer, work["tests"], work["metric"], work["eval_batch_size"]
+        )
     found["test_seconds"] = round(time.process_time() - start, 2)
     if handle is not None:
         (entry,) = handle.adapters.values()
-        found["active"] = round(active_parameters(entry, handle.routing()))
+        found["active"] = round(active_parameters(entry, usage))
         with handle.batch(tasks=[next(iter(work["tests"]))]):  # some adapters go by the task
             found["decode"] = decode_cost(bare, model, work["decode_rounds"])
     return found

@@ -155,8 +155,8 @@ def _materialise(
 def _refuse_per_token(adapter: Adapter, source: Path) -> None:
     if adapter.method.servability == "per_token":
         raise LoramuxError(
-            f"{source} holds {adapter.method.title}, which routes every token anew: no fixed weights do the same, so it "
-            "cannot be a plain adapter; serve the mixture itself with loramux, or merge its experts with `loramux "
+            f"{source} holds {adapter.method.title}, which routes every token anew: no fixed weights do the same, so "
+            "it cannot be a plain adapter; serve the mixture itself with loramux, or merge its experts with `loramux "
             "compose`, which is another model"
         )
 

@@ -35,6 +35,7 @@ from loramux.errors import LoramuxError, suggest
 
 if TYPE_CHECKING:
     from loramux.formats.tensors import AdapterTensors
+    from loramux.recipe import DataSource
 
 log = logging.getLogger(__name__)
 MAX_SEED = 2**31
@@ -60,7 +61,7 @@ def compose_adapters(
     lam: float = 1.0,
     seed: int = 0,
     base: Any = None,
-    data: Sequence[str] = (),
+    data: Sequence[str | DataSource] = (),
     rows: int | None = None,
     force: bool = False,
     advance: Advance | None = None,
@@ -72,7 +73,7 @@ def compose_adapters(
     method: a name of `compose.mergers`; its own options (rank, density, ...) are given by name, or as a mapping.
     weights: one per adapter, the method's default without. lam multiplies the merged change. base (folder, fetch name
     or hub id): also checks that the adapters belong to it; needed, with data (task files, the first `rows` (5) rows of
-    each), by methods that search.
+    each, or a DataSource that says its own rows), by methods that search.
     Raises LoramuxError (a ValueError) before anything is written.
     """
     start = time.perf_counter()
@@ -103,7 +104,7 @@ def compose_tensors(
     lam: float = 1.0,
     seed: int = 0,
     base: Any = None,
-    data: Sequence[str] = (),
+    data: Sequence[str | DataSource] = (),
     rows: int | None = None,
     advance: Advance,
     options: Mapping[str, Any],
@@ -115,7 +116,9 @@ def compose_tensors(
         raise LoramuxError(f"lambda must be a finite number, got {lam!r}")
     if not merger.searches and (data or rows is not None):
         given = "data" if data else "rows"
-        raise LoramuxError(f"{merger.name} reads no examples; leave out {given} (lorahub searches on them)")
+        raise LoramuxError(
+            f"{merger.name} reads no examples; leave out {given} (lorahub searches on them)"
+        )
     model = _base_model(base, sources)
     search: dict[str, Any] = {}
     if merger.searches:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from loramux.compose.mergers.lorahub import LoraHubOptions, merge
 from loramux.compose.parts import Merged
 from loramux.compose.sources import Source, parts_at, union
 from loramux.errors import LoramuxError
+
+if TYPE_CHECKING:
+    from loramux.recipe import DataSource
 
 log = logging.getLogger(__name__)
 BATCH_SIZE = 8
@@ -32,16 +35,23 @@ Objective = Callable[[Sequence[float]], float]
 Advance = Callable[[str], None]
 
 
+class NothingBetterError(LoramuxError):
+    """No weights were found under which the adapters are better than the bare base."""
+
+
 def find_weights(
     sources: Sequence[Source],
     loaded: Any,
-    data: Sequence[str],
+    data: Sequence[str | DataSource],
     rows: int,
     options: LoraHubOptions,
     seed: int,
     advance: Advance,
 ) -> tuple[list[float], dict[str, Any]]:
-    """(weights, {"search": ...}): the best of `budget` evaluations on the first `rows` rows of every file."""
+    """(weights, {"search": ...}): the best of `budget` evaluations on the first `rows` rows of every file.
+
+    A DataSource in `data` says its own rows.
+    """
     if loaded is None or not data:
         raise LoramuxError(
             "lorahub searches weights on examples; give a base and data (task files)"
@@ -52,7 +62,7 @@ def find_weights(
         best = [float(weight) for weight in found["weights"]]
         record = {**found, "weights": best, "rows": candidate.num_rows}
     if not any(best):
-        raise LoramuxError(
+        raise NothingBetterError(
             f"the search over {options.budget} evaluations found nothing better than the bare base (all weights 0); "
             "raise the budget, give more rows, or choose other adapters"
         )
@@ -158,7 +168,7 @@ class Candidate:
         self,
         sources: Sequence[Source],
         loaded: Any,
-        data: Sequence[str],
+        data: Sequence[str | DataSource],
         rows: int,
         options: LoraHubOptions,
     ):
@@ -204,16 +214,16 @@ class Candidate:
         return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
-def _batches(loaded: Any, data: Sequence[str], rows: int) -> tuple[list[Any], int]:
+def _batches(loaded: Any, data: Sequence[str | DataSource], rows: int) -> tuple[list[Any], int]:
     from loramux.data import load_examples
     from loramux.data.collate import collate
     from loramux.recipe import DataSource
 
-    examples = [
-        example
-        for path in data
-        for example in load_examples(DataSource(path=str(path), rows=rows), loaded.tokenizer)
+    sources = [
+        given if isinstance(given, DataSource) else DataSource(path=str(given), rows=rows)
+        for given in data
     ]
+    examples = [one for source in sources for one in load_examples(source, loaded.tokenizer)]
     pad = loaded.tokenizer.pad_token_id
     pad = loaded.tokenizer.eos_token_id if pad is None else pad
     parts = [examples[at : at + BATCH_SIZE] for at in range(0, len(examples), BATCH_SIZE)]

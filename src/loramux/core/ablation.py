@@ -8,6 +8,9 @@ M\\u is the adapted model without u, M_u the bare base with u alone (ALoRA, arXi
 cannot change the layers below it: `M\\u` goes on from the hidden states of the adapted model, `M_u` from those of the
 base, both recorded once per batch. Each row of a batch carries its own rank mask, so several units run in one forward.
 
+Some models hand on more than hidden states from layer to layer (shared keys and values, several residual streams), so
+the reuse is tried once against a whole run; where it fails, every unit takes whole runs.
+
 The model itself runs, unmodified: layers below l return what was recorded. Nothing is trained or drawn: parameters,
 gradients, generators and the modes of all modules are left as they were.
 
@@ -17,6 +20,7 @@ U units.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,7 +33,10 @@ from loramux.core.adapter import Adapter
 from loramux.core.attach import Attachment
 from loramux.core.supervised import token_losses
 
+log = logging.getLogger(__name__)
 TOKENS_PER_FORWARD = 8192
+SAME = 1e-4  # relative; a run that goes on from recorded states against a whole one
+SAME_HALF = 2e-2  # the same, for a base in half precision
 Masks = dict[str, Tensor]
 
 
@@ -119,17 +126,29 @@ def ablation_scores(
     name: str | None = None,
     *,
     tokens_per_forward: int = TOKENS_PER_FORWARD,
+    reuse: bool | None = None,
 ) -> Scores:
     """Exact scores of `units` of one adapter on one batch.
 
     `batch` is what `data.collate` makes without packing: input_ids, attention_mask and labels. A unit whose B is zero
     changes nothing and is not run: its score is S(base), exactly. A base in half precision rounds away what a single
-    rank does; score in fp32 where single ranks matter.
+    rank does; score in fp32 where single ranks matter. reuse: whether layers below a unit are skipped, as
+    `can_reuse_prefix` says; None asks it for this batch.
     """
     adapter = handle._named(name)
     check_scorable(adapter)
     with scoring(handle.model), torch.no_grad():
-        return _Ablation(handle, adapter, batch, tokens_per_forward).scores(tuple(units))
+        return _Ablation(handle, adapter, batch, tokens_per_forward, reuse).scores(tuple(units))
+
+
+def can_reuse_prefix(
+    handle: Attachment, batch: Mapping[str, Tensor], name: str | None = None
+) -> bool:
+    """Whether runs of this model may go on from recorded hidden states: tried on one batch against a whole run."""
+    adapter = handle._named(name)
+    check_scorable(adapter)
+    with scoring(handle.model), torch.no_grad():
+        return _Ablation(handle, adapter, batch, TOKENS_PER_FORWARD, None).try_reuse()
 
 
 def check_scorable(adapter: Adapter) -> None:
@@ -170,7 +189,12 @@ class _Ablation:
     """One batch, and the two recorded runs that every unit goes on from."""
 
     def __init__(
-        self, handle: Attachment, adapter: Adapter, batch: Mapping[str, Tensor], budget: int
+        self,
+        handle: Attachment,
+        adapter: Adapter,
+        batch: Mapping[str, Tensor],
+        budget: int,
+        reuse: bool | None,
     ):
         self.handle = handle
         self.model = handle.model
@@ -180,6 +204,7 @@ class _Ablation:
         self.copies = max(1, budget // (self.num_rows * width))
         stack = next(iter(handle.sites.values())).layer_path.rpartition(".")[0]
         self.layers = list(self.model.get_submodule(stack).children())
+        self.reuse = reuse
         self.layer_runs = 0
         self._skipped = 0  # layers that the current run does not compute
         self._is_tuple = False  # what a layer of this model returns
@@ -191,6 +216,8 @@ class _Ablation:
                 full = self._run(self.adapter.name, 1)
             with self._recording() as above_base:
                 base = self._run(None, 1)
+            if self.reuse is None and self._by_layer(units):
+                self.reuse = self._reuses(above_full, full)
             without = full.repeat(len(units))
             alone = base.repeat(len(units))
             for layer, found in self._by_layer(units).items():
@@ -206,6 +233,36 @@ class _Ablation:
             layer_runs=self.layer_runs, naive_layer_runs=(1 + 2 * len(units)) * len(self.layers),
         )  # fmt: skip
 
+    def try_reuse(self) -> bool:
+        last = self.handle.dispatch.last
+        try:
+            with self._recording() as above:
+                full = self._run(self.adapter.name, 1)
+            return self._reuses(above, full)
+        finally:
+            self.handle.dispatch.last = last
+
+    def _reuses(self, prefix: Sequence[Tensor], full: Tensor) -> bool:
+        """Whether runs from the second and from the last layer on give the S of the whole run."""
+        copies = min(2, self.copies)
+        near = SAME_HALF if prefix[0].dtype.itemsize < 4 else SAME
+        try:
+            for layer in {1, len(self.layers) - 1} - {0, len(self.layers)}:
+                with self._skipping(layer, prefix, copies):
+                    again = self._run(self.adapter.name, copies)
+                if not torch.allclose(again, full.expand_as(again), rtol=near, atol=0):
+                    why = f"from layer {layer} on S is {float(again[0]):.4g}, in whole {float(full):.4g}"
+                    break
+            else:
+                return True
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            why = repr(error)
+        log.warning(
+            "%s cannot go on from recorded hidden states (%s): scores take whole runs, which are exact too but slower",
+            type(self.model).__name__, why,
+        )  # fmt: skip
+        return False
+
     def _by_layer(self, units: Sequence[Unit]) -> dict[int, list[int]]:
         """Layer -> numbers of its units that change something at all."""
         found: dict[int, list[int]] = {}
@@ -219,16 +276,20 @@ class _Ablation:
     ) -> Tensor:
         """S [G] with only (`keep`) or without each unit, from its layer on."""
         masks = self._masks(units, layer, keep)
-        with self.handle.masking(masks, self.adapter.name), self._skipping(layer, prefix, units):
+        with (
+            self.handle.masking(masks, self.adapter.name),
+            self._skipping(layer, prefix, len(units)),
+        ):
             return self._run(self.adapter.name, len(units))
 
     def _masks(self, units: Sequence[Unit], layer: int, keep: bool) -> Masks:
-        """Rank masks [G * B, R]: of the units' layer and, where units act alone, of all layers above."""
+        """Rank masks [G * B, R]: of the units' layer and, where units act alone, of all others that run."""
         device = self.labels.device
         masks: Masks = {}
         for path, rows in self.adapter.rows.items():
             place = self.adapter.sites[path].layer
-            if place < layer or (place > layer and not keep) or not rows.spans.num_rows:
+            is_skipped = place < layer and self.reuse
+            if is_skipped or (place != layer and not keep) or not rows.spans.num_rows:
                 continue
             mask_GR = torch.full((len(units), rows.spans.num_rows), float(not keep), device=device)
             for g, unit in enumerate(units):
@@ -269,14 +330,12 @@ class _Ablation:
         self._is_tuple = isinstance(output, tuple)
 
     @contextmanager
-    def _skipping(
-        self, layer: int, prefix: Sequence[Tensor], units: Sequence[Unit]
-    ) -> Iterator[None]:
-        """Layers below `layer` return what enters it, one copy per unit."""
-        if layer == 0:
+    def _skipping(self, layer: int, prefix: Sequence[Tensor], copies: int) -> Iterator[None]:
+        """Layers below `layer` return what enters it, that many copies of it."""
+        if layer == 0 or self.reuse is False:
             yield
             return
-        hidden = prefix[layer].repeat(len(units), 1, 1)
+        hidden = prefix[layer].repeat(copies, 1, 1)
         output = (hidden,) if self._is_tuple else hidden
         own = [vars(module).get("forward") for module in self.layers[:layer]]
         self._skipped = layer

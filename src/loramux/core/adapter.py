@@ -74,6 +74,11 @@ class Adapter(nn.Module):
     def routes_on_prompt(self) -> bool:
         return any(router.when == "prompt" for router in self.routers.values())
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether such a router looks at the prompt's tokens, and not only at tasks."""
+        return any(r.when == "prompt" and r.needs_prompt for r in self.routers.values())
+
     def routes_tokens_at(self, site: Site) -> bool:
         """Whether this site's pairs change with every token."""
         if self.hidden_routers:

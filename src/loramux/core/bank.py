@@ -1,4 +1,4 @@
-"""The rows of an adapter at a site, rank-major, and every edit of them as one gather.
+"""The rows of an adapter at a site, rank-major: every edit of them is one gather (core/edits.py).
 
 Why rank-major in both factors: row i of A and row i of B are one rank, so prune, duplicate, reorder and gate are row
 operations. The scale of a slot stays beside its span and multiplies `w`, so saving is lossless.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loramux.core.rowgate import follow
 from loramux.core.types import Expert, Site
 from loramux.ops.contract import Spans
 
@@ -130,59 +129,12 @@ class Rows(nn.Module):
         factor_R: Tensor = self.gate()
         return self.a * factor_R.to(self.a.dtype).unsqueeze(1)
 
-    def gather_ranks(
-        self, slot: int, index: Sequence[int], generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Rebuild `slot` from its own rows, in this order; -1 makes a fresh row (A random, B zero).
-
-        Returns the gather index over all rank rows of the site (-1 = fresh): pass it to `gather_moments` so that the
-        optimizer's state follows. Slots behind this one move; the function computed changes only as `index` says.
-        """
-        if self.tied:
-            raise ValueError(
-                f"{self.tied} experts share the A of these rows, so none has ranks of its own to edit"
-            )
-        start, rank = self.spans.start[slot], self.spans.rank[slot]
-        bad = [i for i in index if not -1 <= i < rank]
-        if bad:
-            raise ValueError(f"slot {slot} has rows 0..{rank - 1} (-1 for a fresh one), got {bad}")
-        own = [start + i if i >= 0 else -1 for i in index]
-        rows = [*range(start), *own, *range(start + rank, self.spans.num_rows)]
-        take = torch.tensor(rows, dtype=torch.long, device=self.a.device)
-        a, b = gather_rows(self.a.data, take), gather_rows(self.b.data, take)
-        fresh = take < 0
-        if bool(fresh.any()):
-            a[fresh] = init_a(int(fresh.sum()), a.shape[1], generator).to(a)
-        ranks = [*self.spans.rank[:slot], len(own), *self.spans.rank[slot + 1 :]]
-        self.spans = Spans.packed(ranks, self.spans.scale)
-        self.a = nn.Parameter(a, requires_grad=self.a.requires_grad)
-        self.b = nn.Parameter(b, requires_grad=self.b.requires_grad)
-        if self.gate is not None:
-            follow(self.gate, take)
-        return take
-
 
 def gather_rows(rows: Tensor, take: Tensor) -> Tensor:
     """rows[take], with zeros where `take` is -1."""
     out = rows.new_zeros(len(take), *rows.shape[1:])
     out[take >= 0] = rows[take[take >= 0]]
     return out
-
-
-def gather_moments(
-    optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, take: Tensor
-) -> None:
-    """Let `new` stand in for `old` in the optimizer; its per-row moments follow the rows, fresh rows start at zero."""
-    for group in optimizer.param_groups:
-        group["params"] = [new if p is old else p for p in group["params"]]
-    state = optimizer.state.pop(old, None)
-    if state is not None:
-        optimizer.state[new] = {
-            key: gather_rows(value, take)
-            if torch.is_tensor(value) and value.shape == old.shape
-            else value
-            for key, value in state.items()
-        }
 
 
 def init_a(rank: int, d_in: int, generator: torch.Generator | None = None) -> Tensor:

@@ -41,6 +41,7 @@ class Dispatch(Planner):
         self.generation: dict[str, PromptStore] | None = None
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
         self.warned = False
+        self.recomputing = False
         self.listen: Callable[[bool], None] = lambda _wanted: None  # hooks of routers on or off
 
     # --- Opening and closing a forward pass ----------------------------------------------------
@@ -61,7 +62,8 @@ class Dispatch(Planner):
         # A step of training is followed by no decoding.
         keeps = not (training and torch.is_grad_enabled())
         if not keeps:
-            self._warn_unknown_prompts(marked is not None, call, by_prompt)
+            readers = [a.name for a in present if a.reads_prompt]
+            self._warn_unknown_prompts(marked is not None, call, readers)
         store = self._store(call.get("past_key_values"), batch, names, by_prompt, keeps)
         # Decode steps of one shape share their plans: what is fixed for a request is lowered once.
         named = self.tasks if tasks is None else tasks
@@ -204,8 +206,8 @@ class Dispatch(Planner):
     @contextmanager
     def resume(self, state: State) -> Iterator[None]:
         """Run a piece of an earlier forward pass again (activation checkpointing does, inside backward)."""
-        before = self.state
-        self.state = state
+        before, self.state = (self.state, self.recomputing), state
+        self.recomputing = True
         state.plans.clear()
         state.pairs.clear()
         state.forget_step()
@@ -213,7 +215,7 @@ class Dispatch(Planner):
         try:
             yield
         finally:
-            self.state = before
+            self.state, self.recomputing = before
 
     # --- Routing --------------------------------------------------------------------------------
 
@@ -268,6 +270,7 @@ class Dispatch(Planner):
             record=record,
             mask_E=None if mask is None else torch.tensor(mask, device=own_nD.device),
             tasks=state.tasks,
+            recomputed=self.recomputing,
         )
         route = router(view, state.routes.get((name, path), EVERYTHING))
         state.routes[name, path] = route

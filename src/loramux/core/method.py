@@ -204,9 +204,16 @@ class Method:
         """An adapter to train and score before this one, where a run is to find out what this one is made of."""
         return None
 
+    def check_probe(self, sites: Sequence[Site]) -> None:
+        """Refuse, before the probe is trained, a config that no outcome of it could serve. sites: the targeted ones."""
+
     def score_probe(self, handle: Attachment, batches: Sequence[Mapping[str, Tensor]]) -> Any:
         """The `setting` that a trained probe leads to, as plain JSON values."""
         raise NotImplementedError(f"{self.name} has no probe")
+
+    def identity(self) -> dict[str, Any]:
+        """The config as a run must share it with the one it goes on from: files by their content, not their place."""
+        return {"name": self.config.method, **self.config.to_dict()}
 
     def start_rows(self, site: Site, rows: Rows) -> None:
         """Change fresh rows in place, where a paper starts A otherwise than PEFT."""
@@ -240,6 +247,10 @@ class Method:
 
     def check_task(self, task: str | None) -> None:
         """Refuse a request that names this task (None: names none), where the routing goes by tasks."""
+
+    def check_training_task(self, task: str | None) -> None:
+        """Refuse a training row of this task; asked before a run starts."""
+        self.check_task(task)
 
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """Named auxiliary losses of one forward pass, coefficients applied."""

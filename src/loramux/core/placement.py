@@ -9,10 +9,12 @@ Letters: L layers, M scored linears of a layer, U units (here: linears).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from pathlib import PurePosixPath
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ from loramux.core.ablation import (
     Scores,
     Unit,
     ablation_scores,
+    can_reuse_prefix,
     check_scorable,
     inputs_of,
     module_units,
@@ -35,6 +38,7 @@ from loramux.core.estimates import (
 )
 from loramux.core.supervised import token_losses
 from loramux.core.types import Site
+from loramux.core.values import check_whole
 
 Per = Literal["layer", "model"]
 Batch = Mapping[str, Tensor]
@@ -129,32 +133,72 @@ class Setting:
                 "probe again"
             )
         try:
-            layers = tuple(
-                {
-                    str(name): Module(float(m["score"]), m.get("removal"), m.get("alone"))
-                    for name, m in layer.items()
-                }
-                for layer in value["layers"]
-            )
-            setting = cls(
-                layers=layers,
-                n_keep=int(value["n_keep"]),
-                scorer=str(value["scorer"]).removesuffix(" (reconstruction)"),
-                per=value["per"],
-                agreement=tuple(value["agreement"]),
-                losses=value["losses"],
-                probe=value["probe"],
-            )
+            setting = _read(value)
             said = [{name: m["keep"] for name, m in layer.items()} for layer in value["layers"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except KeyError as error:
             raise ValueError(
-                f"{where} is not a complete setting ({error!r}); probe again"
+                f"{where} is not a complete setting (it has no {error}); probe again"
             ) from None
+        except ValueError as error:
+            raise ValueError(f"{where} is not a complete setting ({error}); probe again") from None
         if said != setting.mask():
             raise ValueError(
                 f"{where} keeps other linears than its scores say; change n_keep in the method's config instead"
             )
         return setting
+
+
+def _read(value: Mapping[str, Any]) -> Setting:
+    """A setting of values whose types are checked. KeyError for what is missing, ValueError for what is wrong."""
+    probe, per = value["probe"], value["per"]
+    if probe is not None:
+        parts = PurePosixPath(_typed("probe", probe, str)).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in probe or ":" in probe:
+            raise ValueError(f"probe must be a folder beside the setting, got {probe!r}")
+    check_whole("n_keep", value["n_keep"])
+    if per not in get_args(Per):
+        raise ValueError(f"per must be one of {get_args(Per)}, got {per!r}")
+    layers = tuple(
+        {name: _module(name, m) for name, m in _typed("a layer", layer, dict).items()}
+        for layer in _typed("layers", value["layers"], list)
+    )
+    if not all(layers) or not layers:
+        raise ValueError("layers must hold scored linears, every one of them")
+    losses = _typed("losses", value["losses"], dict)
+    return Setting(
+        layers=layers,
+        n_keep=value["n_keep"],
+        scorer=_typed("scorer", value["scorer"], str).removesuffix(" (reconstruction)"),
+        per=per,
+        agreement=tuple(
+            _number("agreement", a) for a in _typed("agreement", value["agreement"], list)
+        ),
+        losses={name: _number(f"losses.{name}", loss) for name, loss in losses.items()},
+        probe=probe,
+    )
+
+
+def _module(name: str, value: Any) -> Module:
+    terms = _typed(name, value, dict)
+    _typed(f"{name}.keep", terms["keep"], bool)
+    optional = {
+        term: _number(f"{name}.{term}", terms[term])
+        for term in ("removal", "alone")
+        if term in terms
+    }
+    return Module(_number(f"{name}.score", terms["score"]), **optional)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return float(value)
 
 
 def choose(scores: Sequence[Mapping[str, float]], n_keep: int, per: Per) -> list[dict[str, bool]]:
@@ -189,6 +233,8 @@ def make_setting(
     check_scorable(adapter)
     units = module_units(adapter)
     score = MODULE_SCORERS[scorer]
+    if scorer == "ablation":
+        score = partial(score, reuse=can_reuse_prefix(handle, batches[0], adapter.name))
     parts = [score(handle, batch, units, adapter.name) for batch in batches]
     setting = Setting(
         _layers(adapter.sites, units, parts), n_keep, scorer, per,

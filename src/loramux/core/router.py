@@ -27,6 +27,7 @@ class RouteView:
     request_N  which request a token belongs to, 0..num_requests-1
     prompt_N   True where the token is part of the prompt; valid_N False on padding
     training   whether the model is in training mode
+    recomputed whether backward runs this piece of an earlier forward pass again (activation checkpointing)
     tasks      the task id of every request, where the caller named them
     record     call it to publish what was decided
     """
@@ -40,6 +41,7 @@ class RouteView:
     record: Callable[..., None]
     mask_E: Tensor | None = None
     tasks: tuple[str | None, ...] | None = None
+    recomputed: bool = False
 
 
 class Router(nn.Module):

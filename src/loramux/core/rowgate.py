@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
+
+from loramux.core.bank import gather_rows
 
 
 class RowGate(nn.Module):
@@ -25,23 +26,7 @@ class RowGate(nn.Module):
 
         Here: the same scores in another order, 0 for fresh rows, buffers as they are.
         """
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.named_parameters():
-            moved = parameter.new_zeros(len(take_S), *parameter.shape[1:])
-            moved[take_S >= 0] = parameter.detach()[take_S[take_S >= 0]]
-            found[name] = moved
-        return found
-
-
-@torch.no_grad()
-def follow(gate: nn.Module, take_S: Tensor) -> None:
-    """Let a gate follow its rows where no optimizer knows of it."""
-    for name, value in moved_gate(gate, take_S).items():
-        holder, _, leaf = name.rpartition(".")
-        module = gate.get_submodule(holder)
-        old = getattr(module, leaf)
-        is_parameter = isinstance(old, nn.Parameter)
-        setattr(module, leaf, nn.Parameter(value, old.requires_grad) if is_parameter else value)
+        return {name: gather_rows(p.detach(), take_S) for name, p in self.named_parameters()}
 
 
 def moved_gate(gate: nn.Module, take_S: Tensor) -> Mapping[str, Tensor]:

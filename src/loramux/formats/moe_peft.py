@@ -123,14 +123,16 @@ def normal_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     result = {**DEFAULTS, **given, "target_modules": _targets(given["target_modules"], where)}
     for key, test in (
         ("r", is_rank),
-        ("lora_alpha", is_alpha),
+        ("lora_alpha", lambda v: is_alpha(v) and v > 0),
         ("num_experts", lambda v: is_whole(v) and 0 < v <= 4096),
         ("top_k", lambda v: is_whole(v) and 0 < v <= result["num_experts"]),
         ("use_rslora", lambda v: isinstance(v, bool)),
         ("lora_dropout", lambda v: type(v) in (int, float) and 0 <= v < 1),
         ("router_aux_loss_coef", lambda v: type(v) in (int, float) and v >= 0),
     ):
-        if not (key == "top_k" and result["peft_type"] == "LORAMOE") and not test(result[key]):  # type: ignore[operator]
+        # LoRAMoE chooses no experts: a top_k that is not said there may be larger than their number.
+        idle = key == "top_k" and result["peft_type"] == "LORAMOE" and key not in given
+        if not idle and not test(result[key]):  # type: ignore[operator]
             raise FormatError(f"{where}: {key} is {result[key]!r:.200}", code="bad_value")
     for key, only in (("bias", "none"), ("use_dora", False)):
         if result[key] != only:
@@ -138,6 +140,13 @@ def normal_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
                 f"{where}: {key} is {result[key]!r}, only {only!r} is supported",
                 code="unsupported",
             )
+    routing = KINDS[result["peft_type"]]
+    if result.get("routing_strategy", routing) != routing:
+        raise FormatError(
+            f"{where}: peft_type is {result['peft_type']!r}, but routing_strategy {result['routing_strategy']!r:.100}; "
+            f"expected {routing!r}",
+            code="bad_value",
+        )
     if result["peft_type"] == "LORAMOE":
         for key in ("top_k", "router_aux_loss_coef"):
             result.pop(key)

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 def method_names() -> list[str]:
     """Names of all methods: the files of this package, then the `loramux.methods` entry points of other packages."""
-    return [*(m.name for m in pkgutil.iter_modules(__path__)), *_entry_points()]
+    return [*own_names(), *_entry_points()]
+
+
+def own_names() -> list[str]:
+    """Names of the methods that are files of this package."""
+    return [module.name for module in pkgutil.iter_modules(__path__)]
 
 
 def _entry_points() -> dict[str, Any]:
@@ -26,7 +31,7 @@ def _entry_points() -> dict[str, Any]:
 
 def load_method(name: str) -> type[Method]:
     """The class of a method. Raises ValueError with the nearest name."""
-    if name in {m.name for m in pkgutil.iter_modules(__path__)}:
+    if name in own_names():
         module = importlib.import_module(f"{__name__}.{name}")
         method: type[Method] = module.METHOD
         return method

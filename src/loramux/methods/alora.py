@@ -20,12 +20,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from loramux.core.ablation import Scores, Unit, ablation_scores, rank_units
+from loramux.core.ablation import Scores, Unit, ablation_scores, can_reuse_prefix, rank_units
 from loramux.core.controller import Controller, Edit, Moment
 from loramux.core.estimates import taylor_scores
 from loramux.core.method import Method, MethodConfig
@@ -135,6 +136,7 @@ class Allocation(Controller):
         self.ids: dict[str, list[int]] = {}
         self.born: dict[str, list[int]] = {}
         self.given: dict[str, int] = {}
+        self.reuse: bool | None = None  # found out anew by a run that goes on
 
     def before_training(self, moment: Moment) -> Sequence[Edit]:
         if moment.samples is None:
@@ -214,6 +216,10 @@ class Allocation(Controller):
             draw = torch.Generator().manual_seed(self.seed)
         score = SCORERS[self.config.score]
         batches = moment.samples(self.config.score_rows, draw)
+        if self.config.score == "ablation":
+            if self.reuse is None:
+                self.reuse = can_reuse_prefix(moment.handle, batches[0], moment.adapter.name)
+            score = partial(score, reuse=self.reuse)
         return Scores.mean([score(moment.handle, b, units, moment.adapter.name) for b in batches])
 
     def _lowest(self, units: Sequence[Unit], importance: Sequence[float]) -> list[int]:

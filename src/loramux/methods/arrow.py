@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,14 @@ class Prototypes(Router):
             for slot in range(rows.spans.num_slots)
         ]
         self.register_buffer("prototypes", torch.stack(found), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Prototypes:
+        """Prototypes move with the model but keep their precision: `model.to(torch.bfloat16)` must not round them."""
+        exact = getattr(self, "prototypes", None)
+        super()._apply(fn, recurse)
+        if exact is not None:
+            self.prototypes = exact.to(self.prototypes.device)
+        return self
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
         wide = torch.float64 if view.x_ND.dtype == torch.float64 else torch.float32

@@ -14,6 +14,7 @@ kept and all hyperparameters below are ours, and nothing here is the paper's sco
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -130,6 +131,22 @@ class FanLoRAMethod(Method):
         )
         return Probe(everywhere, config.probe_steps, config.score_rows)
 
+    def check_probe(self, sites: Sequence[Site]) -> None:
+        """With the placement that costs least; a dearer one may still exceed the budget."""
+        costs: dict[int, dict[str, float]] = {}
+        for site in sites:
+            costs.setdefault(site.layer, {})[site.name] = -float(site.d_in + site.d_out)
+        scores = [costs[layer] for layer in sorted(costs)]
+        mask = choose(scores, self.config.n_keep or N_KEEP, self.config.per)
+        self._matching_rank(sites, _at(sites, mask))
+
+    def identity(self) -> dict[str, Any]:
+        same = super().identity()
+        if self.setting is not None:
+            text = json.dumps(self.setting.to_json(), sort_keys=True)
+            same["setting"] = hashlib.sha256(text.encode()).hexdigest()
+        return same
+
     def score_probe(self, handle: Attachment, batches: Sequence[Mapping[str, Tensor]]) -> Any:
         config = self.config
         setting = make_setting(
@@ -154,7 +171,7 @@ class FanLoRAMethod(Method):
                 )
             return _at(sites, self.setting.mask(config.n_keep, config.per))
         if config.scorer == "fixed":
-            return [site for site in sites if _named(site.name, config.keep)]
+            return _fixed(sites, config.keep)
         if config.scorer == "random":
             draw = torch.Generator().manual_seed(config.placement_seed)
             scores = [
@@ -176,7 +193,8 @@ class FanLoRAMethod(Method):
         rank = budget // sum(site.d_in + site.d_out for site in kept)
         if rank < 1:
             raise ValueError(
-                f"a budget of {budget} parameters is less than rank 1 at the kept linears"
+                f"a budget of {budget} parameters is less than rank 1 at the kept linears, which takes "
+                f"{sum(site.d_in + site.d_out for site in kept)}; raise match_r or budget, or keep fewer"
             )
         return rank
 
@@ -210,6 +228,16 @@ def _at(sites: Sequence[Site], mask: Sequence[dict[str, bool]]) -> list[Site]:
     numbers = sorted({site.layer for site in sites})
     kept = dict(zip(numbers, mask, strict=True))
     return [site for site in sites if kept[site.layer][site.name]]
+
+
+def _fixed(sites: Sequence[Site], keep: Sequence[str]) -> list[Site]:
+    for end in keep:
+        if not any(_named(site.name, [end]) for site in sites):
+            raise ValueError(
+                f"keep names {end!r}, which matches none of the targeted linears; they are "
+                f"{sorted({site.name for site in sites})}"
+            )
+    return [site for site in sites if _named(site.name, keep)]
 
 
 def _named(name: str, ends: Sequence[str]) -> bool:

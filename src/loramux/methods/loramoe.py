@@ -141,6 +141,10 @@ class LoRAMoEMethod(GatedMethod):
     def gate_at(self, site: Site) -> LinearGate:
         return TypedGate(self.config, site.d_in)
 
+    def check_training_task(self, task: str | None) -> None:
+        if self.config.blc_weight:
+            self.config.type_of(task)
+
     def aux_losses(self, records: Sequence[RouteRecord]) -> dict[str, Tensor]:
         """beta * the localised constraint, mean (or sum) over linears."""
         config = self.config

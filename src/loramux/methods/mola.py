@@ -25,20 +25,23 @@ from loramux.core.mixing import GateConfig, GatedMethod, LinearGate, selection_b
 from loramux.core.types import RouteRecord, Site
 from loramux.core.values import check_not_negative, check_whole
 
+PAPERS_BEST = (2, 4, 6, 8)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoLAConfig(GateConfig):
     """Defaults are the released code's: r 8, alpha 16, dropout 0.05, two experts per token, loss coefficient 1e-3.
 
     experts_per_layer: numbers of experts from the lowest to the highest targeted layers, spread evenly over them: four
-    numbers are four quarters, as many numbers as layers are one each. (2, 4, 6, 8) is the paper's best.
+    numbers are four quarters, as many numbers as layers are one each, more are refused. (2, 4, 6, 8) is the paper's
+    best, and taken as quarters even by models of fewer than four layers.
     """
 
     method = "mola"
 
     r: int = 8
     lora_dropout: float = 0.05
-    experts_per_layer: tuple[int, ...] = (2, 4, 6, 8)
+    experts_per_layer: tuple[int, ...] = PAPERS_BEST
     top_k: int = 2
     router_aux_loss_coef: float = 1e-3
     aux_reduction: Literal["mean", "sum"] = "mean"
@@ -73,7 +76,13 @@ class MoLAMethod(GatedMethod):
     def check_sites(self, sites: Sequence[Site]) -> None:
         """Also where the numbers meet the layers: `experts` is asked afterwards."""
         layers = sorted({site.layer for site in sites})
-        self._experts = spread_over(self.config.experts_per_layer, layers)
+        numbers = self.config.experts_per_layer
+        if len(numbers) > len(layers) and numbers != PAPERS_BEST:
+            raise ValueError(
+                f"experts_per_layer has {len(numbers)} numbers for {len(layers)} layers with targeted linears, so some "
+                f"would go unused; give at most {len(layers)}"
+            )
+        self._experts = spread_over(numbers, layers)
 
     def num_experts_at(self, site: Site) -> int:
         return self._experts[site.layer]

@@ -9,6 +9,7 @@ rho = rank_partition neighbouring ranks, so U = r / rho and k / rho units are ch
     y = W0 x + (alpha / k) B^T (g * (A x))
 
 b gets no gradient: once per optimizer step b += u sign(mean(count) - count), count[j] = tokens whose M holds j. It
+moves between forward passes, never inside one: backward may compute layers again and must choose the same M. It
 balances the choice and, unlike the released code's, does not enter g (`gate_from_biased=True` for the released rule).
 
 Letters: N tokens, D width of the linear's input, U units.
@@ -41,7 +42,7 @@ class SMoRAConfig(MethodConfig):
     activate_r: ranks active per token (k). rank_partition: ranks per routed unit (rho). bias_step: u. The scale is
     alpha / activate_r (with rsLoRA alpha / sqrt(activate_r)), whatever r is.
     update_every: "step" moves the bias once per optimizer step, from all its micro-batches; "forward", as released, in
-    every forward pass. gate_from_biased: True, as released, lets the bias into the gate.
+    every forward pass, when the next one starts. gate_from_biased: True, as released, lets the bias into the gate.
     """
 
     method = "smora"
@@ -106,10 +107,10 @@ class RankRouter(Router):
         self.register_buffer("bias", torch.zeros(num_units))
         self.names = tuple(str(unit) for unit in range(num_units))
         self.counts: Tensor | None = None  # tokens per unit since the bias moved last
-        self._went_backward = False
+        self._stepped_from: int | None = None  # version of the weights at the last backward pass
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
-        if view.training:
+        if view.training and not view.recomputed:
             self._settle()
         wide = torch.float64 if view.x_ND.dtype == torch.float64 else torch.float32
         logits_NU = view.x_ND.to(wide) @ self.weight.to(wide).T
@@ -140,21 +141,25 @@ class RankRouter(Router):
     # --- Balance ------------------------------------------------------------------------------------
 
     def _note_backward(self, _: Tensor) -> None:
-        self._went_backward = True
+        self._stepped_from = self.weight._version
 
     def _settle(self) -> None:
-        """Balance if an optimizer stepped since: the loops of others tell nobody, but they clear the gradients."""
-        if self._went_backward and self.weight.grad is None:
+        """Balance what is due. The loops of others tell nobody of a step, but it changes the weights in place."""
+        before = self._stepped_from
+        # Fused optimizers write past autograd and change no version; what clears the gradients gives them away.
+        stepped = before is not None and (
+            self.weight.grad is None or self.weight._version != before
+        )
+        if stepped or self.config.update_every == "forward":
             self.balance()
-            self._went_backward = False
+        if stepped:
+            self._stepped_from = None
 
     def observed(self, record: RouteRecord) -> None:
         """Count one forward pass of training, padding left out."""
         assert record.valid is not None
         own_U = ((record.weight.detach() != 0) & record.valid.unsqueeze(1)).sum(0)
         self.counts = own_U if self.counts is None else self.counts + own_U
-        if self.config.update_every == "forward":
-            self.balance()
 
     @torch.no_grad()
     def balance(self) -> None:

@@ -28,7 +28,12 @@ def read_gated(
 ) -> Adapter:
     """Check the tensors against the model's sites and stack the experts."""
     saved = read_moe_peft(folder, allow_zero=allow_zero)
-    method = _method(saved)
+    try:
+        method = _method(saved)
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{folder}: {error}", code="bad_value") from error
     most = max(len(experts) for experts in saved.experts.values())
     each = [
         AdapterTensors.build(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from loramux.formats.files import check_place
 from loramux.report import plots
 from loramux.report.comparison import comparison_sections
 from loramux.report.experts import expert_section
@@ -47,10 +48,13 @@ def make_report(
     path = Path(out) if out is not None else record.folder / NAME
     if path.is_dir():
         raise ReportError(f"{path} is a folder; name the HTML file to write, such as {path / NAME}")
-    report = build_report(record, Ask(base, sentence, task, tuple(data), rows))
+    if not path.exists():
+        check_place(path)
+    ask = Ask(base, sentence, task, tuple(data), rows)
+    _check_asked(record, ask)
+    report = build_report(record, ask)
     text = report.html()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    _write(path, text)
     return {
         "report": str(path),
         "kind": record.kind,
@@ -58,6 +62,25 @@ def make_report(
         "sections": [section.title for section in report.sections],
         "missing": [{"what": part.what, "how": part.how} for part in report.missing],
     }
+
+
+def _check_asked(record: FolderRecord, ask: Ask) -> None:
+    """A comparison holds many adapters: none of them is shown a sentence or rows."""
+    asked = {"base": ask.base, "sentence": ask.sentence, "task": ask.task, "data": ask.data}
+    unused = [name for name, value in asked.items() if value]
+    if record.kind == "comparison" and unused:
+        raise ReportError(
+            f"{record.folder} is a comparison, whose page takes no {', '.join(unused)}; leave it out, or report the "
+            "folder of one of its adapters"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"--out {path} cannot be written ({error.strerror})") from None
 
 
 def build_report(record: FolderRecord, ask: Ask | None = None) -> Report:

@@ -62,6 +62,10 @@ def _says(final: Mapping[str, int], job: JobRecord) -> str:
     text = f"{len(final)} linears with {spread}, {sum(final.values()):,} rank rows in all"
     most = max(len(r) for r in job.adapter.ranks.values()) if job.adapter else 1
     text += f", those of {most} experts added up." if most > 1 else "."
+    for row in job.edits:
+        if row.get("what") == "restore":
+            best = row.get("best_step")
+            text += f" The weights of step {best}, the best validation, were kept: later edits are undone."
     return text if job.edits else text + " The method edits no ranks while it trains."
 
 
@@ -74,7 +78,7 @@ def rank_history(edits: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, int]
     if not found or 0 in found:
         return found
     first = min(found)
-    start = dict(found[first])
+    start = next(dict(ranks_of_row(row)) for row in edits if ranks_of_row(row))
     for row in edits:
         sign = {"prune": 1, "add": -1}.get(str(row.get("what")), 0)
         if sign and row.get("step") == first and row.get("site") in start:

@@ -200,10 +200,9 @@ def _repeated(mixture: Any) -> int:
 
 def _provenance(folder: Path) -> dict[str, Any]:
     """What `loramux compose` noted beside the adapter it made."""
-    for name in ("composed.json", "provenance.json", "compose.json"):
-        if (folder / name).is_file():
-            return _object(folder / name)
-    return {}
+    from loramux.compose.write import PROVENANCE
+
+    return _object(folder / PROVENANCE)
 
 
 def _setting(run: Path, own: Path, given: Mapping[str, Any]) -> dict[str, Any]:

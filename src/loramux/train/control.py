@@ -115,6 +115,14 @@ class Control:
         if self.controller is not None:
             self.best_ranks = ranks_of(self.adapter)
 
+    def best_ranks_if_others(self) -> dict[str, int]:
+        """Linear -> rank of the best weights so far; {} where the ranks are the same now."""
+        best = self.best_ranks or {}
+        now = ranks_of(self.adapter)
+        if all(list(ranks) == list(now[path]) for path, ranks in best.items()):
+            return {}
+        return {path: sum(ranks) for path, ranks in best.items()}
+
     def resize_to_best(self) -> None:
         if self.best_ranks is not None:
             self.edit.resize(self.best_ranks)

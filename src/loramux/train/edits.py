@@ -7,6 +7,7 @@ Of a row, beside `step`, `what` and `site`, are read; it may hold more:
     scores       [R], one per rank row of the site
     pruned       the rank rows of the site that the edit concerned, a list or their number; a row with a site and
                  neither of them, of the kinds `prune` and `add`, concerns one
+    best_step    on the last row, of kind `restore`: the weights of this step were kept, later edits undone
 
 Letters: R rank rows of a site.
 """

@@ -14,6 +14,7 @@ Methods that act between steps (BeamLoRA, ALoRA, SMoRA's balance) need the callb
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,7 @@ class RouterCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **_: Any,
     ) -> None:
         if args.load_best_model_at_end:
@@ -80,16 +82,18 @@ class RouterCallback(TrainerCallback):
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self.tensorboard))
-        self._take_control(args, state, getattr(optimizer, "optimizer", optimizer))
+        per_epoch = _steps_per_epoch(args, state, train_dataloader)
+        self._take_control(args, state, getattr(optimizer, "optimizer", optimizer), per_epoch)
 
-    def _take_control(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+    def _take_control(
+        self, args: TrainingArguments, state: TrainerState, optimizer: Any, per_epoch: float
+    ) -> None:
         names = [n for n in self._names() if self.handle.adapters[n].method.controller()]
         if names and state.global_step:
             raise ValueError(
                 f"adapters {names} are edited between steps, and the stock Trainer keeps no state of that, so it "
                 "cannot resume them; start anew, or use `loramux train`"
             )
-        per_epoch = state.max_steps / max(state.num_train_epochs, 1)
         schedule = Schedule(state.max_steps, per_epoch, args.learning_rate)
         for name in names:
             self._controls[name] = Control(
@@ -136,3 +140,14 @@ class RouterCallback(TrainerCallback):
 
     def _names(self) -> list[str]:
         return list(self.handle.adapters) if self.name is None else [self.name]
+
+
+def _steps_per_epoch(args: TrainingArguments, state: TrainerState, dataloader: Any) -> float:
+    """Optimizer steps per pass over the data; the trainer steps on an epoch's last, short accumulation too."""
+    try:
+        batches = len(dataloader)
+    except (
+        TypeError
+    ):  # a stream, or none given: what the trainer planned, whose last epoch may be cut short
+        return state.max_steps / max(state.num_train_epochs, 1)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)

@@ -82,9 +82,12 @@ class Job:
 
 
 def examples_digest(examples: Sequence[Example]) -> str:
-    """SHA-256 over the token ids and loss masks, in order."""
+    """SHA-256 over the tasks, token ids and loss masks, in order."""
     state = hashlib.sha256()
     for example in examples:
+        task = example.task.encode()
+        state.update(array("q", [len(task)]).tobytes())
+        state.update(task)
         state.update(array("q", [len(example), *example.input_ids]).tobytes())
         state.update(bytes(example.loss_mask))
     return state.hexdigest()

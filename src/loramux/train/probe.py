@@ -37,6 +37,7 @@ def with_settings(
     if not path.exists():
         some = [job for job in jobs if job.name in asking]
         probe = _shared(list(asking.values()))
+        _check(some, list(asking.values()))
         recipe = probe_recipe(some, probe)
         log.info(
             "no setting is named: %s is trained first, in %s", probe.config.method, out / PROBE
@@ -79,6 +80,30 @@ def probe_recipe(jobs: Sequence[JobRecipe], probe: Probe) -> Recipe:
         data=first.data.model_copy(update=sources),
         training=first.training.model_copy(update=steps),
     )
+
+
+def needs_probe(jobs: Sequence[JobRecipe]) -> bool:
+    return any(_asking(job) is not None for job in jobs)
+
+
+def _check(jobs: Sequence[JobRecipe], methods: Sequence[Method]) -> None:
+    """Whether a setting can serve every job, before the hours that a probe may take."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from loramux.core.sites import find_sites, select_sites
+    from loramux.fetch import reading_base, resolve_base
+
+    base = jobs[0].base
+    with reading_base(base):
+        config = AutoConfig.from_pretrained(resolve_base(base, dtype=jobs[0].dtype))
+    with torch.device("meta"):
+        sites = find_sites(AutoModelForCausalLM.from_config(config))
+    for job, method in zip(jobs, methods, strict=True):
+        try:
+            method.check_probe(select_sites(sites, method.config))
+        except ValueError as error:
+            raise RecipeError(f"job {job.name}: {error}") from None
 
 
 def _asking(job: JobRecipe) -> Method | None:

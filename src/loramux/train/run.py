@@ -22,7 +22,7 @@ from loramux.errors import LoramuxError
 from loramux.train.checkpoint import CheckpointError, refuse_other
 from loramux.train.events import Listener
 from loramux.train.job import Job
-from loramux.train.probe import with_settings
+from loramux.train.probe import PROBE, SETTING, needs_probe, with_settings
 
 if TYPE_CHECKING:
     from loramux.api import Handle
@@ -78,9 +78,10 @@ def train_recipe(
     try:
         jobs = with_settings(jobs, out, progress=progress, board=board)
         trainer = build_trainer(jobs, out, resume, [*_displays(out, progress, board), *callbacks])
-    except LoramuxError:
+    except ValueError:
         if is_new:  # a recipe that is put right must not be another run
             (out / RUN).unlink()
+            (out / SETTING).unlink(missing_ok=True)
         raise
     with _stopped_by_signals(trainer) as was_stopped:
         results = trainer.run()
@@ -212,7 +213,7 @@ def _claim(out: Path, jobs: Sequence[JobRecipe], resume: bool) -> None:
     marker = out / RUN
     if not marker.exists():
         strange = [name for name in OWN if (out / name).exists()]
-        if strange:
+        if strange and not (strange == [PROBE] and needs_probe(jobs)):
             raise CheckpointError(
                 f"{out} already holds {', '.join(strange)} of something else; choose another folder, or remove them"
             )

@@ -49,6 +49,7 @@ class JobRunner:
         self.handle = handle
         self.forward = forward
         self.adapter = handle.adapters[job.name]
+        self._check_tasks()
         some = next(model.parameters())
         self.device, self.dtype = some.device, some.dtype
         self.parameters = handle.trainable_parameters(job.name)
@@ -70,6 +71,22 @@ class JobRunner:
     @property
     def is_running(self) -> bool:
         return self.state.status == "running"
+
+    def _check_tasks(self) -> None:
+        """Refuse rows of unknown tasks now, not when their turn comes."""
+        method = self.adapter.method
+        checks = (
+            ("training", self.job.train, method.check_training_task),
+            ("validation", self.job.validation, method.check_task),
+        )
+        for what, rows, check in checks:
+            for task in dict.fromkeys(row.task for row in rows):
+                try:
+                    check(task)
+                except ValueError as error:
+                    raise ValueError(
+                        f"job {self.job.name!r}, {what} rows of task {task!r}: {error}"
+                    ) from None
 
     # --- One step -------------------------------------------------------------------------------
 
@@ -264,8 +281,27 @@ class JobRunner:
     def use_best(self) -> None:
         """Put the weights of the best validation back, if there was one."""
         if self.best is not None:
+            self._note_undone_edits()
             self.control.resize_to_best()
             self.set_weights(self.best)
+
+    def _note_undone_edits(self) -> None:
+        """Edits made after the best validation do not last: the ledger must say so."""
+        state = self.state
+        last = max((int(row["step"]) for row in state.edits), default=0)
+        if last <= state.best_step:
+            return
+        log.warning(
+            "job %s keeps the weights of step %d, its best validation: what its method edited after that, up to step "
+            "%d, is undone; leave out the validation to keep the last weights",
+            self.job.name, state.best_step, last,
+        )  # fmt: skip
+        row: dict[str, Any] = {"step": state.step, "what": "restore", "site": ""}
+        row["best_step"] = state.best_step
+        if ranks := self.control.best_ranks_if_others():
+            row["ranks"] = ranks
+        state.edits.append(row)
+        self._new_edits.append(row)
 
     def saved_state(self) -> dict[str, Any]:
         """How far the job is, as plain JSON values."""

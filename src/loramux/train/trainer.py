@@ -153,6 +153,9 @@ class Trainer:
     def _end(self, runner: JobRunner) -> None:
         """Keep the best weights and write the adapter."""
         runner.use_best()
+        undone = runner.take_edits()
+        if undone:
+            self._tell("edited", runner.job.name, undone)
         if self.out is not None and runner.is_finite():
             self.handle.save(self.folder(runner.job) / "adapter", name=runner.job.name)
         if self.out is not None:
@@ -199,7 +202,6 @@ class Trainer:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a state to be gone on from."""
-        from loramux.api import describe_config
         from loramux.persist import digest_of_base
 
         if self._identity is None:
@@ -207,7 +209,7 @@ class Trainer:
                 "base": digest_of_base(self.model),
                 "jobs": {
                     runner.job.name: {
-                        "method": describe_config(runner.adapter.method.config),
+                        "method": runner.adapter.method.identity(),
                         **runner.job.identity(),
                     }
                     for runner in self.runners

@@ -25,7 +25,7 @@ def load_merger(name: str) -> Merger:
 
 
 def list_mergers() -> list[dict[str, Any]]:
-    """Name, title, paper and rank of the result of every merging method; all of them give a static adapter."""
+    """Name, title, paper, rank of the result, whether examples are needed; all of them give a static adapter."""
     return [
         {
             "name": merger.name,
@@ -33,6 +33,7 @@ def list_mergers() -> list[dict[str, Any]]:
             "paper": merger.paper,
             "rank": merger.rank,
             "servability": "static",
+            "searches": merger.searches,
         }
         for merger in map(load_merger, merger_names())
     ]
