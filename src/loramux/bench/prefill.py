@@ -63,8 +63,8 @@ def prefill_rows(
     batch, length = effort.prefill_shape
     setting = e.Setting(model, tenants, batch, length, effort.steps)
     subjects, absent = peers.line_up(_makers(setting))
-    # PEFT froze the shared weights, and torch copies a frozen head for every row it gets a slice of (docs/performance.md).
-    # An unmodified model is not frozen; measured like that, PEFT gains as well.
+    # PEFT froze the shared weights, and torch copies a frozen head for every row that it gets a slice of.
+    # An unmodified model is not frozen; measured like that, PEFT gains as well (docs/performance.md).
     model.requires_grad_(True)
     try:
         e.check_engines(setting, subjects)
