@@ -159,7 +159,7 @@ def test_adapters_are_needed_and_must_differ(tmp_path: Path):
         loramux.attach(build_pico("llama"), MoLEConfig())
     gated = Gated(tmp_path)
     config: Any = adapter_of(gated.handle).method.config
-    with pytest.raises(ValueError, match="differ"):
+    with pytest.raises(ValueError, match="every adapter needs a folder of its own"):
         loramux.attach(build_pico("llama"), MoLEConfig(adapters=(config.adapters[0],) * 2))
 
 

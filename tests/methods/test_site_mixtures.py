@@ -71,7 +71,8 @@ def test_9_the_stacked_computation_is_the_loop_over_experts(method: str):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_finite_differences(method: str):
-    model, handle = attached(method, double=True, layers_to_transform=(1,))
+    own = {"experts_per_layer": (3,)} if method == "mola" else {}
+    model, handle = attached(method, double=True, layers_to_transform=(1,), **own)
 
     def value() -> Tensor:
         logits = run(model, handle)[REAL].square().mean()
