@@ -36,7 +36,10 @@ class LoraLinear(nn.Module):
         self.site = site
         self.path = site.path
         self.dispatch = dispatch
-        if type(base_layer) is not nn.Linear or not base_layer.weight.is_floating_point():
+        weight = base_layer.weight
+        # A quantised weight may be a subclass that calls itself fp32: a kernel must not read its memory.
+        is_dense = type(weight) in (nn.Parameter, Tensor) and weight.is_floating_point()  # type: ignore[operator]
+        if type(base_layer) is not nn.Linear or not is_dense:
             dispatch.unfused.add(site.path)
         # The kernel's view of this site, one per adapter (None: the base alone).
         self.states: dict[Rows | None, SiteState] = {}

@@ -59,6 +59,8 @@ class Wiring:
         sites = [None if i is None else self.sites[i] for i in indices]
         fusable = all(
             type(layer) is nn.Linear
+            # A quantised weight may be a subclass that calls itself fp32: a kernel must not read its memory.
+            and type(layer.weight) in (nn.Parameter, Tensor)
             and layer.weight.dtype in KERNEL_DTYPES
             and layer.weight.is_contiguous()
             for layer in layers

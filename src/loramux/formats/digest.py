@@ -175,5 +175,9 @@ def _kind(tensor: Tensor) -> tuple[str, list[int]]:
 
 
 def _bytes_of(tensor: Tensor) -> Any:
+    parts = getattr(tensor, "__tensor_flatten__", None)
+    if parts is not None:  # a quantised weight is several tensors behind one name
+        names, _ = parts()
+        return b"".join(bytes(_bytes_of(getattr(tensor, name))) for name in names)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy()
