@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from loramux.core.adapter import Adapter
 from loramux.core.attach import Attachment
+from loramux.core.modes import evaluating
 from loramux.core.supervised import token_losses
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def ablation_scores(
     """
     adapter = handle._named(name)
     check_scorable(adapter)
-    with scoring(handle.model), torch.no_grad():
+    with evaluating(handle.model), torch.no_grad():
         return _Ablation(handle, adapter, batch, tokens_per_forward, reuse).scores(tuple(units))
 
 
@@ -147,7 +148,7 @@ def can_reuse_prefix(
     """Whether runs of this model may go on from recorded hidden states: tried on one batch against a whole run."""
     adapter = handle._named(name)
     check_scorable(adapter)
-    with scoring(handle.model), torch.no_grad():
+    with evaluating(handle.model), torch.no_grad():
         return _Ablation(handle, adapter, batch, TOKENS_PER_FORWARD, None).try_reuse()
 
 
@@ -161,18 +162,6 @@ def check_scorable(adapter: Adapter) -> None:
         raise ValueError(
             f"{adapter.name!r} is DoRA, whose ranks do not act one by one; score a LoRA"
         )
-
-
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module has its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def inputs_of(

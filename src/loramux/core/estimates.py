@@ -22,10 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loramux.core.ablation import Scores, Unit, check_scorable, inputs_of, scoring
+from loramux.core.ablation import Scores, Unit, check_scorable, inputs_of
 from loramux.core.adapter import Adapter
 from loramux.core.attach import Attachment
 from loramux.core.linear import LoraLinear
+from loramux.core.modes import evaluating
 from loramux.core.supervised import token_losses
 
 Watch = Callable[[str, Tensor, Tensor], None]  # path, input [N, I], output [N, O] of a linear
@@ -50,7 +51,7 @@ def taylor_scores(
 ) -> Scores:
     """First-order estimates of what `ablation_scores` computes; `full` and `base` are exact."""
     adapter = _checked(handle, name)
-    with scoring(handle.model), _frozen(adapter):
+    with evaluating(handle.model), _frozen(adapter):
         full, at_one = _slopes(handle, adapter, batch, adapter.name)
         base, at_zero = _slopes(handle, adapter, batch, None)
     _, labels = inputs_of(batch, handle.dispatch.weight.device)
@@ -83,7 +84,7 @@ def sensitivity_scores(
     try:
         for factor in factors:
             factor.requires_grad_(True)
-        with scoring(handle.model), torch.enable_grad():
+        with evaluating(handle.model), torch.enable_grad():
             loss = _loss(handle, batch, adapter.name)
             grads = torch.autograd.grad(loss, factors)
     finally:
@@ -126,7 +127,7 @@ def output_norm_scores(
             norm_N = _squared(t_NR[:, at] @ rows.b[at].to(x_NI.dtype))
             score_U[u] = (norm_N if base_N is None else norm_N / base_N).mean()
 
-    with scoring(handle.model), torch.no_grad(), _watching(handle, adapter, watch):
+    with evaluating(handle.model), torch.no_grad(), _watching(handle, adapter, watch):
         _loss(handle, batch, adapter.name)
     return Criterion(score_U, int(valid_N.sum()))
 

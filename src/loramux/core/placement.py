@@ -27,7 +27,6 @@ from loramux.core.ablation import (
     check_scorable,
     inputs_of,
     module_units,
-    scoring,
 )
 from loramux.core.attach import Attachment
 from loramux.core.estimates import (
@@ -36,6 +35,7 @@ from loramux.core.estimates import (
     sensitivity_scores,
     taylor_scores,
 )
+from loramux.core.modes import evaluating
 from loramux.core.supervised import token_losses
 from loramux.core.types import Site
 from loramux.core.values import check_whole
@@ -311,7 +311,7 @@ def _losses(
     out = [path for path, site in adapter.sites.items() if not kept[site.layer][site.name]]
     total = {"base": 0.0, "probe": 0.0, "masked": 0.0}
     last = handle.dispatch.last
-    with scoring(handle.model):
+    with evaluating(handle.model):
         for batch in batches:
             call, labels = inputs_of(batch, handle.dispatch.weight.device)
             num = call["input_ids"].shape[0]

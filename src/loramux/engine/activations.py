@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loramux.engine.probe import evaluating
+from loramux.core.modes import evaluating
 from loramux.ops.gated import ACTIVATIONS, Activation, gated, gated_torch, kernel
 
 NUM_PROBES = 4

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from loramux.core.modes import evaluating
 from loramux.core.sites import find_sites
 from loramux.engine.kv import KVShape
 from loramux.engine.masks import record_mask, window_of
@@ -209,18 +210,6 @@ def _attention(
 
 
 # --- The model around it --------------------------------------------------------------------------
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the block, each module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-IGNORED_LABEL = -100
+from loramux.core.batch import IGNORED_LABEL
+
 # What a collated batch may hold and a model call takes.
 _CALL_KEYS = ("input_ids", "attention_mask", "position_ids", "prompt_mask", "segment_ids")
 
