@@ -33,11 +33,15 @@ LAYERS = {
     "eval": 5,
     "engine": 6,
     "report": 6,
-    "bench": 7,
-    "compare": 7,
-    "demo": 7,
-    "cli": 8,
-    "__main__": 9,
+    "registry": 6,
+    "tenancy": 7,
+    "retrieval": 7,
+    "server": 8,
+    "bench": 9,
+    "compare": 9,
+    "demo": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 LEAVES = {"errors", "recipe", "fetch"}
 # Leaves are read by everybody, so they may only look at each other; the recipe asks `methods` by name.

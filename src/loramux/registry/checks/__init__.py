@@ -1,0 +1,1 @@
+"""Upload checks: what is refused, before anything is stored."""

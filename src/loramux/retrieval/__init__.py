@@ -1,0 +1,1 @@
+"""Which adapters fit a prompt."""
