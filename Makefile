@@ -16,7 +16,7 @@ BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo tenants test lint format bench storm alike clean
+.PHONY: demo tenants test lint format bench storm alike reference clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
@@ -38,6 +38,9 @@ format: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	for what in decode prefill mixed load residency serve train; do $(BIN)/loramux bench $$what $(BENCH_ARGS) || exit 1; done
+
+reference: $(VENV)/.stamp-dev
+	$(BIN)/python -m loramux.cli.reference docs/reference
 
 alike: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.bench.alike $(BASE) $(ALIKE_ARGS)

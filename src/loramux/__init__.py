@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from loramux.methods.mola import MoLAConfig
     from loramux.methods.mole import MoLEConfig
     from loramux.methods.molora import MoLoRAConfig
+    from loramux.methods.ramole import RAMoLEConfig
     from loramux.methods.smora import SMoRAConfig
     from loramux.methods.xlora import XLoraConfig
 
@@ -66,6 +67,7 @@ _WHERE = {
     "MoLAConfig": "loramux.methods.mola",
     "MoLEConfig": "loramux.methods.mole",
     "MoLoRAConfig": "loramux.methods.molora",
+    "RAMoLEConfig": "loramux.methods.ramole",
     "Request": "loramux.engine.request",
     "Route": "loramux.core.types",
     "RouteRecord": "loramux.core.types",
@@ -110,6 +112,7 @@ __all__ = [
     "MoLAConfig",
     "MoLEConfig",
     "MoLoRAConfig",
+    "RAMoLEConfig",
     "Request",
     "Route",
     "RouteRecord",

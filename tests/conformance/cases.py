@@ -94,6 +94,11 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "arrow": {"top2": {"top_k": 2}},
+    # Leaving adapters out of a step is random: off, as dropout is.
+    "ramole": {
+        "default": {"adapter_dropout": 0.0},
+        "null": {"adapter_dropout": 0.0, "null_expert": True, "normalise_keys": True},
+    },
 }
 NOT_SERVED = ("xlora",)  # refused by the engine: every token would be run twice
 # The raw top-p weights of a token do not sum to 1, so untrained experts scale the FFN: the published rule.

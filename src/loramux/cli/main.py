@@ -29,6 +29,7 @@ from loramux.cli import (
     report,
     tenants,
     train,
+    verify,
 )
 from loramux.cli import eval as eval_
 from loramux.errors import LoramuxError
@@ -64,6 +65,7 @@ app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("tenants")(tenants.tenants)
+app.command("verify")(verify.verify)
 app.add_typer(config.app, name="config")
 
 

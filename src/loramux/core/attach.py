@@ -220,6 +220,9 @@ class Attachment(ABC):
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dispatch = self.dispatch
+        if dispatch.together is not None:  # opened by who called, see core/together.py
+            checkpointing.follow(self.model, dispatch)
+            return None
         if module is self.model or module in dispatch.entered:
             dispatch.entered.clear()  # left open by an interrupt, which runs no hooks
         dispatch.entered.append(module)
@@ -239,6 +242,8 @@ class Attachment(ABC):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         dispatch = self.dispatch
+        if dispatch.together is not None:
+            return None
         if dispatch.entered:
             dispatch.entered.pop()
         if dispatch.entered:

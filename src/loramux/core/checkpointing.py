@@ -20,7 +20,9 @@ class Bound:
         self.dispatch = dispatch
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state = self.dispatch.state
+        state, together = self.dispatch.state, self.dispatch.together
+        if together is not None:
+            return together.checkpointed(self.original, function)(*args, **kwargs)
         if state is None:
             return self.original(function, *args, **kwargs)
         return self.original(functools.partial(self._run, state, function), *args, **kwargs)
@@ -34,8 +36,9 @@ class Bound:
 
 def follow(model: nn.Module, dispatch: Dispatch) -> None:
     """Bind the checkpoint function of every checkpointed layer; refuses what would lose a router's gradient."""
-    state = dispatch.state
-    routed = state is not None and any(member.adapter.routers for member in state.members)
+    shares = dispatch.together.shares if dispatch.together is not None else ()
+    states = [dispatch.state] if dispatch.state is not None else [share.state for share in shares]
+    routed = any(member.adapter.routers for state in states for member in state.members)
     for layer in _layers(model):
         if not getattr(layer, "gradient_checkpointing", False):
             continue

@@ -23,6 +23,7 @@ from loramux.core.plan import Member, layout_rows
 from loramux.core.planner import Planner
 from loramux.core.router import Router, RouteView
 from loramux.core.state import Late, PromptStore, State
+from loramux.core.together import Together
 from loramux.core.types import EVERYTHING, Route, RouteRecord
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Dispatch(Planner):
         self.stores: weakref.WeakKeyDictionary[Any, PromptStore] = weakref.WeakKeyDictionary()
         self.warned = False
         self.recomputing = False
+        self.together: Together | None = None  # the joint forward pass that is open
         self.listen: Callable[[bool], None] = lambda _wanted: None  # hooks of routers on or off
 
     # --- Opening and closing a forward pass ----------------------------------------------------
@@ -221,6 +223,9 @@ class Dispatch(Planner):
 
     def enter_module(self, path: str, x: Tensor) -> None:
         """The input of a module with routers arrived."""
+        if self.together is not None:
+            self.together.enter_module(path, x)
+            return
         state = self.state
         if state is None:
             return

@@ -77,6 +77,8 @@ class LoraLinear(nn.Module):
         return self._planned(x)
 
     def _planned(self, x: Tensor) -> Tensor:
+        if self.dispatch.together is not None:
+            return self.dispatch.together.linear(self, x)
         plan = self.dispatch.plan(self.site)
         if plan is None:
             return self.base_layer(x)  # type: ignore[no-any-return]
@@ -86,18 +88,30 @@ class LoraLinear(nn.Module):
             plan.bound = self._bind(plan, tuple(x.shape)) if plan.is_used else None
             plan.is_used = True
         else:
-            y = self._base(rows_in, plan.row_map)
-            # DoRA rescales what the base gives: for the first part that is still y.
-            base = y if plan.row_map is None and self.bias is None else None
-            for part in plan.parts:
-                y, base = self._add(y, rows_in, part, base), None
-        if plan.bias_N is not None and self.bias is not None:
-            # The expert outputs, bias included, are weighted; the fold counted the bias once.
-            y = y + ((plan.bias_N - 1).unsqueeze(1) * self.bias).to(y.dtype)
+            y = self.add_parts(self._base(rows_in, plan.row_map), rows_in, plan)
+        y = self._with_bias(y, plan)
         lead = x.shape[:-1] if plan.row_map is None else plan.lead_out
         return y.view(*lead, self.site.d_out)
 
+    def _with_bias(self, y: Tensor, plan: Plan) -> Tensor:
+        """The expert outputs, bias included, are weighted; the fold counted the bias once."""
+        if plan.bias_N is None or self.bias is None:
+            return y
+        return y + ((plan.bias_N - 1).unsqueeze(1) * self.bias).to(y.dtype)
+
     # --- The path for training and long prompts ----------------------------------------------
+
+    def share(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+        """What a share of a joint forward pass has here: y, the base on its rows, plus its parts (core/together.py)."""
+        return self._with_bias(self.add_parts(y, x, plan), plan)
+
+    def add_parts(self, y: Tensor, x: Tensor, plan: Plan) -> Tensor:
+        """y, the base on these rows, plus every part."""
+        # DoRA rescales what the base gives: for the first part that is still y.
+        base = y if plan.row_map is None and self.bias is None else None
+        for part in plan.parts:
+            y, base = self._add(y, x, part, base), None
+        return y
 
     def _base(self, x: Tensor, row_map: RowMap | None) -> Tensor:
         """The frozen linear on tokens: an `enter` site copies its output to rows, an `exit` folds them first."""

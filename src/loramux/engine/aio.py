@@ -60,6 +60,24 @@ class _Consumer:
     completions: list[Completion] = field(default_factory=list)
 
 
+class Answer:
+    """The deltas of one request, by `async for`; `completions` is there once they are over."""
+
+    def __init__(self, deltas: AsyncGenerator[Delta, None], consumer: _Consumer):
+        self._deltas, self._consumer = deltas, consumer
+
+    @property
+    def completions(self) -> list[Completion]:
+        return self._consumer.completions
+
+    def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        return self._deltas
+
+    async def aclose(self) -> None:
+        """Stop listening; a request that still runs is aborted."""
+        await self._deltas.aclose()
+
+
 _Mail = list[tuple[_Consumer, "Delta | BaseException | None"]]
 
 
@@ -90,6 +108,11 @@ class AsyncEngine:
         answered.
         """
         return self._follow(as_request(request, params), _Consumer())
+
+    def answer(self, request: Request) -> Answer:
+        """Like `stream`, for those who want the completions as well: what answered is known when it is over."""
+        consumer = _Consumer()
+        return Answer(self._follow(request, consumer), consumer)
 
     async def generate(
         self,

@@ -126,9 +126,18 @@ class Engine(Answers):
         self.store.remove(name)
 
     @property
+    def max_length(self) -> int | None:
+        """Positions of the base; None where it has no limit."""
+        return self._parts.max_length
+
+    @property
     def adapters(self) -> list[str]:
         """Names of all registered adapters."""
         return self.store.names
+
+    def set_tenant_weight(self, tenant: str, weight: float) -> None:
+        """From the next step on. A tenant of weight 2 is served twice the tokens of one of weight 1, which all have."""
+        self.scheduler.shares.set_weight(tenant, weight)
 
     # --- Requests -------------------------------------------------------------------------------
 

@@ -50,7 +50,9 @@ class Shares:
             raise ValueError(
                 f"the weight of tenant {tenant!r} must be above 0 and finite, got {weight}"
             )
-        self._weights[tenant] = float(weight)
+        self._weights.pop(tenant, None)
+        if weight != 1:  # all others weigh 1 without being kept here
+            self._weights[tenant] = float(weight)
         if tenant in self._shares:
             self._shares[tenant].weight = float(weight)
 

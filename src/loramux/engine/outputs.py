@@ -112,9 +112,18 @@ class Output:
             prompt_tokens=sequence.num_prompt,
             cached_tokens=sequence.num_cached,
             logprobs=tuple(sequence.logprobs),
+            prompt_logprobs=_of_prompt(sequence),
             error=sequence.error,
             queue_s=since(sequence.started_at),
             first_token_s=since(sequence.first_token_at),
             total_s=since(self._ended_at),
             preemptions=sequence.preemptions,
         )
+
+
+def _of_prompt(sequence: Sequence) -> tuple[TokenLogprob | None, ...]:
+    """One entry per token of the prompt; empty unless this sample ran all of it and was asked."""
+    found = sequence.prompt_logprobs
+    if sequence.request.params.prompt_logprobs is None or len(found) < sequence.num_prompt - 1:
+        return ()
+    return (None, *(found[place] for place in range(1, sequence.num_prompt)))

@@ -16,7 +16,8 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0, repetition_penalty 1 and the two OpenAI penalties 0 are off.
     `seed` makes a sampled answer repeatable whatever shares the batch; sample j of `n` uses seed + j. `logprobs`: how
     many most likely tokens to report beside the chosen one (0: the chosen one alone), of the distribution before
-    temperature, penalties and cuts. `stop` texts end the answer and are not part of it.
+    temperature, penalties and cuts. `prompt_logprobs`: the same for the tokens of the prompt, which then runs without
+    cached blocks. `stop` texts end the answer and are not part of it.
     """
 
     max_tokens: int = 64
@@ -34,6 +35,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -45,7 +47,7 @@ class SamplingParams:
             object.__setattr__(self, name, tuple(given or ()))
         for name, least, most in _RANGES:
             value = getattr(self, name)
-            if value is None and name in ("seed", "logprobs"):
+            if value is None and name in ("seed", "logprobs", "prompt_logprobs"):
                 continue
             whole = name in _WHOLE
             right = isinstance(value, int if whole else (int, float)) and not isinstance(
@@ -73,7 +75,7 @@ class SamplingParams:
 
 
 _LARGE = 2**63 - 1
-_WHOLE = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs"}
+_WHOLE = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"}
 _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_tokens", 1, 2**31),
     ("min_tokens", 0, 2**31),
@@ -87,6 +89,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, _LARGE),
     ("n", 1, 128),
     ("logprobs", 0, 100),
+    ("prompt_logprobs", 0, 100),
 )
 
 Mix = tuple[tuple[str, float], ...]
@@ -181,6 +184,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # of the first sample; None for the first token
     error: str | None = None
     queue_s: float = 0.0
     first_token_s: float = 0.0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from loramux.engine.attention import Paging, lay_out
 from loramux.engine.graph import DecodeGraphs
 from loramux.engine.program import Program
+from loramux.engine.promptlogs import Wanted, note_prompts, wanted_rows
 from loramux.engine.sequence import Sequence, StepPlan
 from loramux.engine.wiring import Wiring
 from loramux.ops.paged import PagedRows
@@ -35,21 +36,28 @@ class Runner:
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
+        scored: list[int] = []  # rows about tokens of a prompt
+        scored_of: Wanted = []
         for chunk in plan.chunks:
             end = chunk.start + chunk.count
             tokens += chunk.sequence.tokens[chunk.start : end]
             positions += range(chunk.start, end)
             if chunk.samples:
                 wanted.append(len(tokens) - 1)
+            first = len(tokens) - end
+            scored += [first + position for position in wanted_rows(chunk)]
+            scored_of += [(chunk.sequence, position) for position in wanted_rows(chunk)]
         logits = self.forward(
             program,
             lay_out(plan.chunks, self.paging.pool),
             torch.tensor([tokens], device=self.device),
             torch.tensor([positions], device=self.device),
             # Without samplers the last row is computed and dropped: 0 would mean all rows.
-            torch.tensor(wanted or [len(tokens) - 1], device=self.device),
+            torch.tensor([*wanted, *scored] or [len(tokens) - 1], device=self.device),
         )
         program.settle()
+        if scored:
+            note_prompts(logits[0, len(wanted) :], scored_of)
         return logits[0, : len(wanted)], samplers
 
     def forward(

@@ -112,6 +112,11 @@ class AdapterStore:
             self._sweep(self._names.remove(name))
 
     @property
+    def base(self) -> BaseIdentity | None:
+        """What folders are checked against; None where they are not."""
+        return self._base if self._check_base else None
+
+    @property
     def names(self) -> list[str]:
         with self._lock:
             return list(self._names.entries)

@@ -73,7 +73,8 @@ class Tables:
         return [] if copy is None else [copy]
 
     def _find(self, sequence: Sequence) -> list[int]:
-        if not self._is_listed(sequence):
+        # What is found does not run, and says nothing of its tokens' probabilities.
+        if not self._is_listed(sequence) or sequence.request.params.prompt_logprobs is not None:
             return []
         full = (sequence.num_tokens - 1) // self.pool.block_size
         return self.pool.find(self._hashes(sequence, full)[:full])

@@ -1,7 +1,8 @@
 """Content digests: of adapters and routers, of a base checkpoint, of a model in memory.
 
 Why: names move, contents do not. Whatever is cached or compared ("is this the base it was trained on?") is keyed by
-SHA-256 over what the thing is. Hashing a checkpoint takes long, so it is done once per file and remembered.
+SHA-256 over what the thing is. Hashing a checkpoint takes long, so it is done once per file and remembered. Files are
+hashed without torch; it is imported for tensors in memory only.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import safetensors
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from loramux.formats.errors import FormatError
 from loramux.formats.files import write_bytes
 from loramux.formats.jsonio import canonical_json, read_json_object
+from loramux.formats.raw import RawTensor, map_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Written by tools on every save; they say nothing about the function of the model.
 # Not the model's function, and trainers change the last four on a live model.
@@ -37,7 +38,7 @@ IGNORED_CONFIG_KEYS = frozenset(
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 
-def tensor_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def tensor_digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor | RawTensor]) -> str:
     """SHA-256 hex over the config (canonical JSON) and every tensor's name, dtype, shape and bytes."""
     names = sorted(tensors)
     manifest = [[name, *_kind(tensors[name])] for name in names]
@@ -56,7 +57,7 @@ def base_digest(folder: str | os.PathLike[str]) -> str:
     config = read_json_object(folder / "config.json")
     kept = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
     tensors: dict[str, str] = {}
-    for path in _checkpoint_files(folder):
+    for path in checkpoint_files(folder):
         for name, digest in _file_digests(path).items():
             if tensors.setdefault(name, digest) != digest:
                 raise FormatError(
@@ -73,7 +74,7 @@ def model_digest(model: nn.Module | Mapping[str, Tensor], exclude: Iterable[str]
     Leaves out what lies under the module paths in `exclude`; a wrapper's `base_layer` does not show in the names, so
     an attached model has the digest it had before. Never equal to a `base_digest`: the two cannot be compared.
     """
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = model if isinstance(model, Mapping) else model.state_dict()
     return state_digest(state, getattr(model, "config", None), exclude)
 
 
@@ -96,7 +97,7 @@ def cache_folder() -> Path:
     return Path(root) / "loramux" / "digests"
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json_object(index).get("weight_map")
@@ -124,10 +125,9 @@ def _file_digests(path: Path) -> dict[str, str]:
         return known
     digests: dict[str, str] = {}
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a dict
-                digests[name] = _tensor_sha(file.get_tensor(name))
-    except (safetensors.SafetensorError, OSError) as error:
+        for name, tensor in map_tensors(path).items():
+            digests[name] = _tensor_sha(tensor)
+    except (FormatError, OSError) as error:
         raise FormatError(f"{path} cannot be hashed: {error}", code="corrupt") from None
     _remember(memory, digests)
     return digests
@@ -164,20 +164,24 @@ def _remember(memory: Path, digests: dict[str, str]) -> None:
         return  # a read-only home costs time, not correctness
 
 
-def _tensor_sha(tensor: Tensor) -> str:
+def _tensor_sha(tensor: Tensor | RawTensor) -> str:
     state = hashlib.sha256(canonical_json(_kind(tensor)))
     state.update(_bytes_of(tensor))
     return state.hexdigest()
 
 
-def _kind(tensor: Tensor) -> tuple[str, list[int]]:
+def _kind(tensor: Tensor | RawTensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def _bytes_of(tensor: Tensor | RawTensor) -> Any:
+    if isinstance(tensor, RawTensor):
+        return tensor.raw()
     parts = getattr(tensor, "__tensor_flatten__", None)
     if parts is not None:  # a quantised weight is several tensors behind one name
         names, _ = parts()
         return b"".join(bytes(_bytes_of(getattr(tensor, name))) for name in names)
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy()

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from loramux.errors import LoramuxError
 from loramux.formats.errors import FormatError
@@ -25,8 +26,8 @@ _READ = (
 )
 
 
-def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
-    """The whole file; links (except a hub cache's own), devices and pipes are refused."""
+def open_regular(path: Path) -> BinaryIO:
+    """Open for reading; links (except a hub cache's own), devices and pipes are refused."""
     target = _without_link(path)
     try:
         handle = os.open(target, _READ)
@@ -34,13 +35,19 @@ def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
         raise FormatError(f"{path} does not exist", code="missing_file") from None
     except (OSError, ValueError) as error:
         raise FormatError(f"{path} cannot be read: {error}", code="unreadable") from None
-    with os.fdopen(handle, "rb") as file:
-        info = os.fstat(handle)
-        if not stat.S_ISREG(info.st_mode):
-            raise FormatError(f"{path} is not a regular file", code="unsafe_path")
-        if limit is not None and info.st_size > limit:
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FormatError(f"{path} is not a regular file", code="unsafe_path")
+    return os.fdopen(handle, "rb")
+
+
+def read_bytes(path: Path, *, limit: int | None = None) -> bytes:
+    """The whole of a regular file."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
             raise FormatError(
-                f"{path} has {info.st_size:,} bytes, at most {limit:,} are read", code="too_large"
+                f"{path} has {size:,} bytes, at most {limit:,} are read", code="too_large"
             )
         return file.read()
 

@@ -27,7 +27,8 @@ from loramux.formats.files import is_real_folder, recover_folder, replace_folder
 from loramux.formats.jsonio import canonical_json, parse_json, read_json_object, write_json
 from loramux.formats.mixture_header import EXPERTS_NAME, SCHEMA_VERSION, check_header
 from loramux.formats.peft import CONFIG_NAME, MIXTURE_NAME, WEIGHTS_NAME, read_peft, write_peft
-from loramux.formats.storage import STATE, check_finite, read_tensors, write_tensors
+from loramux.formats.raw import STATE
+from loramux.formats.storage import check_finite, read_tensors, write_tensors
 from loramux.formats.tensors import AdapterTensors, natural_order, refuse_no_op
 
 ROUTER_NAME = "router.safetensors"

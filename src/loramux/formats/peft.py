@@ -1,7 +1,8 @@
 """PEFT's adapter folder: adapter_config.json and adapter_model.safetensors, read and written bit-exactly.
 
 All or nothing: whatever PEFT would ignore with a warning (tensors nobody uses, features that are off here, unknown
-keys) is refused before anything else happens. PEFT itself is not imported.
+keys) is refused before anything else happens. PEFT itself is not imported, and torch only to read or write tensors:
+`collect_sites` and `check_sites` judge `raw.RawTensor` as well.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loramux.formats.errors import FormatError, listed
 from loramux.formats.fields import check_config
 from loramux.formats.jsonio import read_json_object, write_json
 from loramux.formats.patterns import MAX_PATH, MODULE_PATH, target_test
 from loramux.formats.scaling import peft_config, rank_and_scale, site_scaling
-from loramux.formats.storage import check_finite, read_tensors, write_tensors
 from loramux.formats.tensors import (
     AdapterTensors,
     SiteTensors,
@@ -26,6 +24,9 @@ from loramux.formats.tensors import (
     named_tensors,
     refuse_no_op,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["peft_config", "rank_and_scale", "read_peft", "site_scaling", "write_peft"]
 
@@ -55,6 +56,8 @@ def read_peft(folder: str | os.PathLike[str], *, allow_zero: bool = False) -> Ad
 
     Not checked here: whether a model has these modules, and whether it is the base the adapter was trained on.
     """
+    from loramux.formats.storage import read_tensors
+
     folder = Path(folder)
     config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     _check_files(folder)
@@ -69,6 +72,8 @@ def read_peft(folder: str | os.PathLike[str], *, allow_zero: bool = False) -> Ad
 
 def write_peft(folder: str | os.PathLike[str], adapter: AdapterTensors) -> None:
     """Write an adapter that `read_peft` and PEFT accept; each file is replaced in one step, the config last."""
+    from loramux.formats.storage import check_finite, write_tensors
+
     folder = Path(folder)
     check_config(adapter.config, "the config to write")
     check_sites(adapter.config, adapter.sites, "the adapter to write")

@@ -1,5 +1,7 @@
 """The types every format is read into: rows of one site, and an adapter as a config plus its sites.
 
+Works without torch where the tensors are `raw.RawTensor`, which is how uploads are checked.
+
 Letters: R rank rows, I input width, O output width. Both factors are rank-major, so a row of A and the same row of B
 are one unit; PEFT keeps B as [O, R] on disk.
 """
@@ -9,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from loramux.formats.digest import tensor_digest
 from loramux.formats.errors import FormatError, listed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_RANK = 2**15
 

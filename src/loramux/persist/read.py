@@ -141,6 +141,13 @@ def _from_mixture(
 ) -> Adapter:
     if base is not None:
         base.check_digest(saved.base_digest, saved.base_name)
+    adapter = mixture_adapter(sites, saved, name)
+    load_routers(adapter, saved.router)
+    return adapter
+
+
+def mixture_adapter(sites: Sequence[Site], saved: MixtureTensors, name: str) -> Adapter:
+    """A mixture's experts at the model's sites under fresh routers, which still want what was saved."""
     config = config_from_dict({"name": saved.method, **saved.config})
     method = load_method(saved.method)(config)
     _check_order(method, list(saved.experts))
@@ -154,7 +161,6 @@ def _from_mixture(
         rows = method_rows(found, saved.experts, method, saved.method)
         adapter = Adapter(name, method, found, rows, method.routers(chosen))
     adapter.saved_configs = {key: e.config for key, e in saved.experts.items()}
-    load_routers(adapter, saved.router)
     return adapter
 
 

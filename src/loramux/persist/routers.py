@@ -20,9 +20,8 @@ def router_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
-@torch.no_grad()
-def load_routers(adapter: Adapter, saved: Mapping[str, Tensor]) -> None:
-    """Put saved tensors into fresh routers; refuses other names, shapes and kinds of numbers."""
+def check_routers(adapter: Adapter, saved: Mapping[str, Tensor]) -> None:
+    """Refuse saved tensors of other names, shapes and kinds of numbers than the adapter's routers have."""
     own = router_tensors(adapter)
     if own.keys() != saved.keys():
         raise FormatError(
@@ -36,6 +35,12 @@ def load_routers(adapter: Adapter, saved: Mapping[str, Tensor]) -> None:
                 f"router tensor {key} is {given.dtype} {tuple(given.shape)}, expected {tensor.dtype} "
                 f"{tuple(tensor.shape)}"
             )
+
+
+@torch.no_grad()
+def load_routers(adapter: Adapter, saved: Mapping[str, Tensor]) -> None:
+    """Put saved tensors into fresh routers, once they are known to fit."""
+    check_routers(adapter, saved)
     parameters = dict(adapter.routers_by_key.named_parameters())
     buffers = dict(adapter.routers_by_key.named_buffers())
     for key, given in saved.items():

@@ -11,6 +11,7 @@ from loramux.train.events import Listener, StepEvent
 from loramux.train.metrics import router_metrics
 
 if TYPE_CHECKING:
+    from loramux.train.runner import JobRunner
     from loramux.train.trainer import JobResult, Trainer
 
 # Shares are a curve per layer and expert: hundreds of numbers, written less often than the losses.
@@ -26,13 +27,17 @@ class TensorBoard(Listener):
         self._writers: dict[str, Any] = {}
 
     def started(self, trainer: Trainer) -> None:
+        for runner in trainer.runners:
+            self._open(runner, self.folder if trainer.out_is_one else self.folder / runner.job.name)
+
+    def joined(self, trainer: Trainer, runner: JobRunner) -> None:
+        self._open(runner, self.folder / runner.job.name)
+
+    def _open(self, runner: JobRunner, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        for runner in trainer.runners:
-            name = runner.job.name
-            folder = self.folder if len(trainer.runners) == 1 else self.folder / name
-            purge = runner.state.step + 1 if runner.state.step else None
-            self._writers[name] = SummaryWriter(str(folder), purge_step=purge)
+        purge = runner.state.step + 1 if runner.state.step else None
+        self._writers[runner.job.name] = SummaryWriter(str(folder), purge_step=purge)
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         if not event.is_logged:

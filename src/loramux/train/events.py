@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loramux.train.runner import JobRunner
     from loramux.train.trainer import JobResult, Trainer
 
 
@@ -41,6 +42,9 @@ class Listener:
 
     def started(self, trainer: Trainer) -> None:
         """Before the first step; on a resumed run the jobs already stand at their steps."""
+
+    def joined(self, trainer: Trainer, runner: JobRunner) -> None:
+        """A job was added to a run that had started."""
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         """After every optimizer step of every job."""

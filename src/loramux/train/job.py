@@ -16,7 +16,7 @@ from typing import Any, Literal
 from loramux.data import Example, plan_batches
 from loramux.recipe import TrainingConfig
 
-Status = Literal["running", "finished", "stopped_early", "failed"]
+Status = Literal["running", "finished", "stopped_early", "failed", "cancelled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,7 @@ class Job:
     """Trains the adapter called `name` on the handle; `seed` fixes data order, dropout and all other chance.
 
     packing: several examples share a row of at most `sequence_len` tokens (default: the longest example).
+    priority: among jobs that are trained together, the higher one goes first.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Job:
     pad_token_id: int = 0
     packing: bool = False
     sequence_len: int | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         training = self.training

@@ -18,6 +18,7 @@ from loramux.train.events import Listener, StepEvent
 from loramux.train.metrics import RouterStat, router_stats
 
 if TYPE_CHECKING:
+    from loramux.train.runner import JobRunner
     from loramux.train.trainer import JobResult, Trainer
 
 ROUTING = "routing.jsonl"
@@ -35,8 +36,11 @@ class RoutingLog(Listener):
 
     def started(self, trainer: Trainer) -> None:
         for runner in trainer.runners:
-            if trainer.out is not None:
-                _keep_until(trainer.folder(runner.job) / ROUTING, runner.state.step)
+            self.joined(trainer, runner)
+
+    def joined(self, trainer: Trainer, runner: JobRunner) -> None:
+        if trainer.out is not None:
+            _keep_until(trainer.folder(runner.job) / ROUTING, runner.state.step)
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         if trainer.out is None or self._every.get(event.job) == 0:

@@ -50,16 +50,19 @@ class SupervisedForward:
         where = (target_BT != IGNORED_LABEL).nonzero(as_tuple=True)
         target_S = target_BT[where].to(device)
         rows, columns = where[0].to(device), where[1].to(device)
-        self._where = rows, columns
+        logits_SV = self.logits(forward_inputs(batch, device), (rows, columns))
+        return sum_losses(logits_SV, target_S), target_S.shape[0]
+
+    def logits(self, inputs: Mapping[str, Any], where: tuple[Tensor, Tensor]) -> Tensor:
+        """Logits [S, V] at the positions `where` (rows, columns) of a model call."""
+        self._where = where
         try:
-            logits = self.model(**forward_inputs(batch, device), use_cache=False).logits
+            logits: Tensor = self.model(**inputs, use_cache=False).logits
             if self._where is not None:  # a model whose head the hook did not reach
-                logits = logits[rows, columns]
+                logits = logits[where]
         finally:
             self._where = None
-        logits_SV = logits.reshape(target_S.shape[0], -1)
-        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-        return functional.cross_entropy(logits_SV, target_S, reduction="sum"), target_S.shape[0]
+        return logits.reshape(where[0].shape[0], -1)
 
     def _select(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if self._where is None:
@@ -67,6 +70,12 @@ class SupervisedForward:
         (rows, columns), self._where = self._where, None
         hidden_BTD: Tensor = args[0]
         return (hidden_BTD[rows, columns].unsqueeze(0), *args[1:])
+
+
+def sum_losses(logits_SV: Tensor, target_S: Tensor) -> Tensor:
+    """Cross-entropy in fp32 (fp64 stays), summed."""
+    wide_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+    return functional.cross_entropy(wide_SV, target_S, reduction="sum")
 
 
 def forward_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

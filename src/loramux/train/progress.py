@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loramux.train.events import Listener, StepEvent
 
 if TYPE_CHECKING:
+    from loramux.train.runner import JobRunner
     from loramux.train.trainer import JobResult, Trainer
 
 PLAIN_SHARE, PLAIN_SECONDS = 0.1, 10.0
@@ -48,14 +49,19 @@ class LiveProgress(Listener):
 
     def started(self, trainer: Trainer) -> None:
         for runner in trainer.runners:
-            name = runner.job.name
-            title = "training" if len(trainer.runners) == 1 else name
-            self._tasks[name] = self.progress.add_task(
-                title, total=runner.num_steps, completed=runner.state.step, numbers=""
-            )
-            best = runner.state.best_loss
-            self._validation[name] = "" if best is None else f"val {best:.4f}"
+            self._show(runner, "training" if trainer.out_is_one else runner.job.name)
         self.progress.start()
+
+    def joined(self, trainer: Trainer, runner: JobRunner) -> None:
+        self._show(runner, runner.job.name)
+
+    def _show(self, runner: JobRunner, title: str) -> None:
+        name = runner.job.name
+        self._tasks[name] = self.progress.add_task(
+            title, total=runner.num_steps, completed=runner.state.step, numbers=""
+        )
+        best = runner.state.best_loss
+        self._validation[name] = "" if best is None else f"val {best:.4f}"
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         numbers = f"{_numbers(event)}  {self._validation[event.job]}"
@@ -83,7 +89,10 @@ class PlainProgress(Listener):
 
     def started(self, trainer: Trainer) -> None:
         for runner in trainer.runners:
-            self._started[runner.job.name] = (runner.state.step, time.monotonic())
+            self.joined(trainer, runner)
+
+    def joined(self, trainer: Trainer, runner: JobRunner) -> None:
+        self._started[runner.job.name] = (runner.state.step, time.monotonic())
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         now = time.monotonic()

@@ -93,13 +93,23 @@ class JobRunner:
     def step(self) -> StepEvent | None:
         """Train one step; None if it failed: the job then has the weights of the step before."""
         start = time.perf_counter()
+        examples = self.begin_step()
+        with running_with(self.rng, self.device):
+            sums, tokens = self._accumulate(examples)
+        return self.finish_step(sums, tokens, time.perf_counter() - start)
+
+    def begin_step(self) -> list[list[Example]]:
+        """The examples of every micro-batch of the next step."""
+        self.handle.use(self.job.name)
+        self._edit(self.control.begin)
+        return [[self.job.train[i] for i in part] for part in self.next_micro_batches()]
+
+    def finish_step(self, sums: Tensor, tokens: int, seconds: float) -> StepEvent | None:
+        """Use the gradients that lie at the parameters. sums: [loss, auxiliary loss]; seconds: what they took."""
+        start = time.perf_counter()
         state, training = self.state, self.job.training
         factor = lr_factor(state.step, self.num_steps, training.scheduler, training.warmup_ratio)
         lr = self.peak_lr * factor
-        self.handle.use(self.job.name)
-        self._edit(self.control.begin)
-        with running_with(self.rng, self.device):
-            sums, tokens = self._accumulate()
         norm = clip(self.parameters, training.max_grad_norm)
         loss, aux, grad_norm = torch.cat([sums, norm.to(sums.dtype).reshape(1)]).tolist()
         if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(grad_norm)):
@@ -115,7 +125,7 @@ class JobRunner:
         is_logged = state.step % training.log_every == 0 or state.step == self.num_steps
         if is_logged:
             self._log(lr, grad_norm)
-        seconds = time.perf_counter() - start
+        seconds += time.perf_counter() - start
         state.seconds += seconds
         self._recent.append((tokens, seconds))
         return StepEvent(
@@ -131,14 +141,13 @@ class JobRunner:
             is_logged=is_logged,
         )
 
-    def _accumulate(self) -> tuple[Tensor, int]:
+    def _accumulate(self, examples: Sequence[Sequence[Example]]) -> tuple[Tensor, int]:
         """Gradients of one step: ([loss, auxiliary loss] of the step, tokens it saw)."""
-        examples = [[self.job.train[i] for i in part] for part in self._micro_batches()]
         total = sum(example.num_supervised for part in examples for example in part)
         sums = torch.zeros(2, device=self.device)
         tokens = 0
         for part in examples:
-            batch = self._collate(part)
+            batch = self.collate(part)
             with fastest_attention(self.device, self.dtype, batch["input_ids"].shape[1]):
                 loss, aux = self._backward(batch, total)
             sums += torch.stack([loss, aux]).to(sums.dtype)
@@ -154,23 +163,29 @@ class JobRunner:
         (loss + aux).backward()
         return loss.detach(), aux.detach()
 
-    def _micro_batches(self) -> list[list[int]]:
+    def next_micro_batches(self) -> list[list[int]]:
+        """Indices of the examples of the next step."""
         size = self.job.training.gradient_accumulation_steps
         return self.plan[self.state.step * size : (self.state.step + 1) * size]
 
-    def _collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The tensors of one micro-batch."""
         job = self.job
         return collate(examples, job.pad_token_id, packing=job.packing, max_len=job.sequence_len)
 
     def _fail(self, loss: float, aux: float, lr: float) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        step = self.state.step + 1
         what = "gradient" if math.isfinite(loss + aux) else "loss"
-        self.state.status = "failed"
-        self.state.reason = (
-            f"the {what} of step {step} is not finite (loss {loss:g}, auxiliary {aux:g}, learning rate {lr:.2g}); the "
-            f"weights of step {step - 1} are kept. Try a lower learning_rate or a longer warm-up"
+        self.fail(
+            f"the {what} of step {self.state.step + 1} is not finite (loss {loss:g}, auxiliary {aux:g}, learning rate "
+            f"{lr:.2g})",
+            "Try a lower learning_rate or a longer warm-up",
         )
+
+    def fail(self, what: str, hint: str) -> None:
+        """Stop the job with the weights of its last whole step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.status = "failed"
+        self.state.reason = f"{what}; the weights of step {self.state.step} are kept. {hint}"
 
     def _log(self, lr: float, grad_norm: float) -> None:
         """A history row: means over the steps since the last one. No times: a resumed run must write the same rows."""
@@ -251,7 +266,7 @@ class JobRunner:
         # A copy: how often a run validates must not change what it draws in training.
         with running_with(dict(self.rng), self.device):
             for start in range(0, len(rows), size):
-                loss_sum, num = self.forward(self._collate(rows[start : start + size]))
+                loss_sum, num = self.forward(self.collate(rows[start : start + size]))
                 total += loss_sum.item()
                 count += num
         self.model.train()

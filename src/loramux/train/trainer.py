@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from loramux.train.checkpoint import CheckpointError, CheckpointStore, refuse_other
-from loramux.train.events import Listener
+from loramux.train.events import Listener, StepEvent
 from loramux.train.job import Job, Status
 from loramux.train.loss import SupervisedForward
 from loramux.train.packing import check_packing
@@ -103,25 +103,36 @@ class Trainer:
         with self._training_mode():
             self._tell("started")
             try:
-                while not self._stop and any(runner.is_running for runner in self.runners):
+                while not self._stop and self._is_open():
                     self.round += 1
-                    for runner in self.runners:
-                        if runner.is_running:
-                            self._advance(runner)
+                    self._round()
                     self._checkpoint_if_due()
             finally:
-                results = [self._result(runner) for runner in self.runners]
+                results = self.results()
                 self._tell("finished", results)
         return results
+
+    def results(self) -> list[JobResult]:
+        """How each job stands."""
+        return [self._result(runner) for runner in self.runners]
+
+    def _is_open(self) -> bool:
+        """Whether there is, or may come, anything to train."""
+        return any(runner.is_running for runner in self.runners)
 
     def stop(self) -> None:
         """End after the current round; a resumable state is written first."""
         self._stop = True
 
-    def _advance(self, runner: JobRunner) -> None:
-        """One step of one job, and what is due after it."""
+    def _round(self) -> None:
+        """One step of every job that is running."""
+        for runner in self.runners:
+            if runner.is_running:
+                self._follow_up(runner, runner.step())
+
+    def _follow_up(self, runner: JobRunner, event: StepEvent | None) -> None:
+        """What is due after a step; None: it failed."""
         job, state = runner.job, runner.state
-        event = runner.step()
         edits = runner.take_edits()
         if event is not None:
             self._tell("stepped", event)
@@ -136,7 +147,9 @@ class Trainer:
         if job.validation and (is_last or (every and state.step % every == 0)):
             self._validate(runner)
         patience = job.training.early_stopping_patience
-        if patience and state.num_bad >= patience and not is_last:
+        if not runner.is_running:
+            pass  # it failed at its validation
+        elif patience and state.num_bad >= patience and not is_last:
             state.status = "stopped_early"
             state.reason = f"no better validation loss since step {state.best_step}"
         elif is_last:
@@ -167,12 +180,17 @@ class Trainer:
     def folder(self, job: Job) -> Path:
         """Where the results of a job are written."""
         assert self.out is not None
-        return self.out if len(self.runners) == 1 else self.out / job.name
+        return self.out if self.out_is_one else self.out / job.name
+
+    @property
+    def out_is_one(self) -> bool:
+        """Whether `out` is the folder of the only job."""
+        return len(self.runners) == 1
 
     def _checkpoint_if_due(self) -> None:
         if self.store is None:
             return
-        over = self._stop or not any(runner.is_running for runner in self.runners)
+        over = self._stop or not self._is_open()
         if over or self._is_due():
             self.checkpoint()
 

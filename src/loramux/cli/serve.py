@@ -1,0 +1,81 @@
+"""`loramux serve`: the HTTP server over the engine, from one YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loramux.cli.output import STDOUT, emit
+from loramux.errors import require
+
+if TYPE_CHECKING:
+    from loramux.server.config import ServerConfig
+
+GRACE_S = 30  # what runs may end, before a stop becomes an abort
+
+
+def serve(
+    file: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to serve, and how.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as port=9000."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")
+    ] = False,
+) -> None:
+    """Serve a base model and all registered adapters by OpenAI's API.
+
+    Without tenants there are no keys, and the server listens on this machine only.
+
+    Example: loramux serve serve.yaml --set port=9000
+    """
+    require("fastapi", "serve", "the server")
+    require("uvicorn", "serve", "the server")
+    from loramux.server.config import load_config
+
+    config = load_config(file, set_ or ())
+    if dry_run:
+        emit(config.model_dump(mode="json"), STDOUT, lambda _: None)
+        return
+    _run(config)
+
+
+def _run(config: ServerConfig) -> None:
+    import uvicorn
+
+    from loramux.server.app import create_app
+    from loramux.server.build import build_services
+
+    app = create_app(config, build_services(config))
+    for line in notice(config):
+        print(line, flush=True)
+    uvicorn.run(
+        app,
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        access_log=False,  # paths of adapters are not for every log
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+
+
+def notice(config: ServerConfig) -> list[str]:
+    """What the operator is told at the start."""
+    where = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}/v1"
+    if config.tenants.enabled:
+        keys = "every request needs a key: loramux key create"
+    else:
+        keys = f"no keys: whoever can reach {config.host} on this machine is the one user `local`"
+    return [f"serving {config.name} at {where}", keys]
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of the configuration, for editors."""
+    from loramux.server.config import ServerConfig
+
+    return ServerConfig.model_json_schema()

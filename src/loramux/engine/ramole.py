@@ -1,0 +1,95 @@
+"""RAMoLE in an engine: sets of retrieved adapters, each assembled once and kept under one name while it is wanted.
+
+Why a pool: prompts that retrieve the same adapters share one content, so one prefix cache and one place in the slots;
+a set that nobody uses any more must give its memory back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from loramux.core.adapter import Adapter
+from loramux.core.values import check_whole
+from loramux.persist.ramole import Folder, TrainedRouter, assemble, pool_name, read_router
+
+DEFAULT_SETS = 32
+
+
+def assemble_for_engine(
+    engine: Any, experts: Mapping[str, Folder], router: Folder | TrainedRouter, name: str = ""
+) -> Adapter:
+    """As `assemble`, for the model an engine serves, whose linears are replaced; give it to `engine.add_adapter`.
+
+    It reads folders and what the engine knows of its model, and changes neither: any thread may call it.
+    """
+    store = engine.store
+    return assemble(
+        engine.model,
+        experts,
+        router,
+        name=name or None,
+        check_base=store.base is not None,
+        sites=store.layout.sites,
+        base=store.base,
+    )
+
+
+class RamolePool:
+    """Names of assembled sets in one engine. `hold` and `release` belong on the engine's thread (`AsyncEngine.call`).
+
+    folder_of: the local folder of an adapter's id; ids must never change their content. At most `limit` sets stay,
+    those that are held not counted out: the longest unused goes first.
+    """
+
+    def __init__(
+        self,
+        router: Folder | TrainedRouter,
+        folder_of: Callable[[str], Folder],
+        *,
+        limit: int = DEFAULT_SETS,
+    ):
+        check_whole("limit", limit)
+        self.router = router if isinstance(router, TrainedRouter) else read_router(router)
+        self.folder_of, self.limit = folder_of, limit
+        self._held: OrderedDict[str, int] = OrderedDict()  # the longest unused first
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def name_of(self, ids: Iterable[str]) -> str:
+        """The name a set has, whether or not it is there."""
+        return pool_name(ids, self.router)
+
+    def hold(self, engine: Any, ids: Iterable[str], adapter: Adapter | None = None) -> str:
+        """See that the set is registered and keep it until `release`; returns its name for `Request(adapter=...)`.
+
+        adapter: the set as `prepare` assembled it, so that the engine's thread need not.
+        """
+        ids = sorted(set(ids))
+        name = self.name_of(ids)
+        if name not in self._held:
+            self._shrink(engine, self.limit - 1)
+            engine.add_adapter(name, adapter or self.prepare(engine, ids))
+        self._held[name] = self._held.get(name, 0) + 1
+        self._held.move_to_end(name)
+        return name
+
+    def release(self, engine: Any, name: str) -> None:
+        """One holder less. The set stays for the next one, while there is room."""
+        self._held[name] -= 1
+        self._shrink(engine, self.limit)
+
+    def prepare(self, engine: Any, ids: Iterable[str]) -> Adapter:
+        """Read and check a set; any thread may call it."""
+        return assemble_for_engine(engine, {id_: self.folder_of(id_) for id_ in ids}, self.router)
+
+    def __contains__(self, ids: Iterable[str]) -> bool:
+        return self.name_of(set(ids)) in self._held
+
+    def _shrink(self, engine: Any, most: int) -> None:
+        idle = [name for name, holders in self._held.items() if holders == 0]
+        for name in idle[: max(0, len(self._held) - most)]:
+            engine.remove_adapter(name)
+            del self._held[name]

@@ -1,0 +1,165 @@
+"""Keeps a retriever in step with a registry: what `latest` leads to can be found, under `tenant/name@version`.
+
+Why `latest` only: five versions of one adapter would fill the hits with near copies. Who wants an adapter found by
+prompts points `latest` at it; who takes the alias away, or the profile, takes it out.
+
+Owner, shares and base become marks, so `Where.visible_to(caller, base)` means what the registry means.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Select, select
+
+from loramux.registry.db import reading
+from loramux.registry.names import LATEST
+from loramux.registry.read import may_use
+from loramux.registry.tables import adapters, aliases, current_generation, shares, versions
+from loramux.retrieval.errors import ProfileError
+from loramux.retrieval.index import Entry
+from loramux.retrieval.profile import Profile
+from loramux.retrieval.store import read_bodies
+from loramux.retrieval.tables import profiles
+
+if TYPE_CHECKING:
+    from loramux.registry import Registry
+    from loramux.retrieval.retriever import Retriever
+
+log = logging.getLogger(__name__)
+_MANY = 500  # profiles held beside the index while it is filled
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What the index should know of one adapter, short of its profile."""
+
+    ref: str
+    version_id: int
+    tenant: str
+    base: str
+    method: str
+    readers: tuple[str, ...]
+    encoder_id: str
+    sha256: str
+
+    @property
+    def tags(self) -> dict[str, str | tuple[str, ...]]:
+        return {"base": self.base, "method": self.method, "readers": self.readers}
+
+
+class Follower:
+    """`sync` after every change, or now and then: it costs one small query while nothing has changed."""
+
+    def __init__(self, retriever: Retriever, registry: Registry, caller: str | None) -> None:
+        self.retriever, self.registry, self.caller = retriever, registry, caller
+        self.generation = -1
+        self._known: dict[str, Fact] = {}
+        self._syncing = threading.Lock()
+
+    def sync(self) -> bool:
+        """Bring the retriever up to date; False if it was."""
+        with self._syncing, reading(self.registry.database) as connection:
+            now = current_generation(connection)
+            if now == self.generation:
+                return False
+            wanted = read_facts(connection, self._encoder_id, self.caller)
+            changed = [fact for ref, fact in wanted.items() if self._known.get(ref) != fact]
+            for id in [ref for ref in self._known if ref not in wanted]:
+                self.retriever.delete(id)
+                del self._known[id]
+            for start in range(0, len(changed), _MANY):
+                self._add(connection, changed[start : start + _MANY])
+            self.generation = now
+            return True
+
+    @property
+    def _encoder_id(self) -> str | None:
+        encoder = self.retriever.encoder
+        return None if encoder is None else encoder.id
+
+    def _add(self, connection: Connection, facts: list[Fact]) -> None:
+        bodies = dict(read_bodies(connection, [(f.version_id, f.encoder_id) for f in facts]))
+        entries = []
+        for fact in facts:
+            entry = self._entry(fact, bodies.get((fact.version_id, fact.encoder_id)))
+            if entry is not None:
+                entries.append(entry)
+            elif fact.ref in self._known:
+                self.retriever.delete(fact.ref)
+            self._known[fact.ref] = fact
+        self.retriever.upsert_all(entries)
+
+    def _entry(self, fact: Fact, body: bytes | None) -> Entry | None:
+        """None for a profile that cannot be used: one bad row must not keep the others out."""
+        try:
+            if body is None:
+                raise ProfileError("its profile is gone")
+            profile = Profile.from_bytes(body)
+            if fact.encoder_id != (self._encoder_id or ""):
+                profile = profile.lexical_only()
+            entry = Entry(fact.ref, profile, fact.tenant, fact.tags)
+            self.retriever.check(entry)
+        except ProfileError as error:
+            log.warning("%s cannot be retrieved: %s", fact.ref, error)
+            return None
+        return entry
+
+
+def follow(retriever: Retriever, registry: Registry, caller: str | None = None) -> Follower:
+    """Fill a retriever from a registry and return what keeps it in step. caller: only what this tenant may use."""
+    follower = Follower(retriever, registry, caller)
+    follower.sync()
+    return follower
+
+
+def read_facts(
+    connection: Connection, encoder_id: str | None, caller: str | None = None
+) -> dict[str, Fact]:
+    """Everything that `latest` leads to and that has a profile, by ref; the encoder's own profile where there is one."""
+    readers = defaultdict(list)
+    for adapter_id, tenant in connection.execute(select(shares.c.adapter_id, shares.c.tenant)):
+        readers[adapter_id].append(tenant)
+    found: dict[str, Fact] = {}
+    for row in connection.execute(_query(caller)):
+        ref = f"{row.tenant}/{row.name}@{row.version}"
+        if ref in found and row.encoder_id != (encoder_id or ""):
+            continue
+        found[ref] = Fact(
+            ref,
+            row.id,
+            row.tenant,
+            row.base_digest or "",
+            row.method,
+            tuple(sorted(readers[row.adapter_id])),
+            row.encoder_id,
+            row.sha256,
+        )
+    return found
+
+
+def _query(caller: str | None) -> Select[Any]:
+    latest = (aliases.c.adapter_id == versions.c.adapter_id) & (
+        aliases.c.version == versions.c.version
+    )
+    return (
+        select(
+            *(
+                versions.c[name]
+                for name in ("id", "adapter_id", "version", "base_digest", "method")
+            ),
+            adapters.c.tenant,
+            adapters.c.name,
+            profiles.c.encoder_id,
+            profiles.c.sha256,
+        )
+        .join(adapters, adapters.c.id == versions.c.adapter_id)
+        .join(aliases, latest)
+        .join(profiles, profiles.c.version_id == versions.c.id)
+        .where(aliases.c.alias == LATEST, versions.c.deleted_at.is_(None), may_use(caller))
+        .order_by(versions.c.id, profiles.c.encoder_id)
+    )

@@ -1,0 +1,124 @@
+"""Around every request: an id, a cap on the body, who may reach a server without keys, and what went unforeseen.
+
+Why plain ASGI: Starlette's middleware class copies every chunk of a stream through a queue of its own.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi.responses import JSONResponse
+
+from loramux.server.errors import ApiError, envelope, response_of
+from loramux.server.services import Services
+
+log = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+LARGE_BODIES = frozenset({"/v1/adapters"})  # their routes count bytes themselves
+_CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+_INFERENCE = ("/v1/chat/", "/v1/completions", "/v1/embeddings")
+
+
+class Outer:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: App, services: Services, body_bytes: int, is_local: bool):
+        self.app, self.services = app, services
+        self.body_bytes, self.is_local = body_bytes, is_local
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request_id = f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+        is_change = scope["method"] in _CHANGING and not scope["path"].startswith(_INFERENCE)
+        is_started = False
+
+        async def tagged(message: Message) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                is_started = True
+                if is_change:
+                    self.services.names.forget()  # before the client can ask for what it changed
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                    (b"x-content-type-options", b"nosniff"),
+                ]
+            await send(message)
+
+        try:
+            self._check(scope)
+            if scope["path"] not in LARGE_BODIES:
+                receive = self._capped(scope, receive)
+            await self.app(scope, receive, tagged)
+        except ApiError as error:
+            if is_started:
+                raise
+            await response_of(error)(scope, receive, tagged)
+        except Exception:
+            if is_started:
+                raise
+            # The trace goes to the log; what it says may hold paths, or names that are not the caller's.
+            log.exception("%s: %s failed", request_id, scope["method"])
+            body = envelope(500, f"the server failed at {request_id}", "internal_error")
+            await JSONResponse(body, 500)(scope, receive, tagged)
+
+    def _check(self, scope: MutableMapping[str, Any]) -> None:
+        """Without keys only this machine may call, and no web page through its user's browser."""
+        if not self.is_local:
+            return
+        headers = dict(scope["headers"])
+        hosts = [headers.get(b"host", b"").decode("latin-1")]
+        origin = headers.get(b"origin")
+        if origin is not None:
+            hosts.append(urlsplit(origin.decode("latin-1")).netloc)
+        if not all(_is_loopback(host) for host in hosts):
+            raise ApiError(
+                "this server has no keys and answers to http://127.0.0.1 and http://localhost only",
+                code="permission_denied",
+            )
+
+    def _capped(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
+        limit = self.body_bytes
+        refusal = ApiError(f"the body exceeds {limit} bytes", code="too_large")
+        given = dict(scope["headers"]).get(b"content-length", b"0")
+        if given.isdigit() and int(given) > limit:
+            raise refusal
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > limit:
+                    raise refusal
+            return message
+
+        return counted
+
+
+def _is_loopback(netloc: str) -> bool:
+    """Whether "host:port" names this machine."""
+    try:
+        host = urlsplit(f"//{netloc}").hostname or ""
+    except ValueError:
+        return False
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

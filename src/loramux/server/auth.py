@@ -1,0 +1,62 @@
+"""Who calls, and whether the route's policy lets them: one dependency in front of every route.
+
+Why in front of all: a route that forgets to ask would be open. The table of rules is `loramux.tenancy.policy`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from loramux.server.errors import ApiError
+from loramux.server.services import Services
+from loramux.tenancy.caller import Caller
+from loramux.tenancy.policy import ALLOW, NO_KEY, PUBLIC, decide, rule_of
+
+
+def services_of(request: Request) -> Services:
+    """The server's parts, as a dependency."""
+    return cast(Services, request.app.state.services)
+
+
+async def authorise(request: Request) -> None:
+    """Find the caller and ask the policy; what it refuses never reaches the route."""
+    services = services_of(request)
+    if services.tenancy is None:
+        request.state.caller = Caller.local()
+        return
+    rule = rule_of(request.method, request.scope["route"].path)
+    secret = bearer(request)
+    caller = None
+    if secret is not None and (rule is None or rule.scope != PUBLIC):
+        caller = services.tenancy.keys.authenticate(secret)
+    decision = decide(rule, caller)
+    if decision == NO_KEY:
+        raise ApiError(
+            "no API key was given; send it as 'Authorization: Bearer KEY'", code="invalid_api_key"
+        )
+    if decision != ALLOW:
+        scope = "no scope" if rule is None else f"the scope {rule.scope!r}"
+        raise ApiError(f"this needs {scope}, which the key lacks", code="permission_denied")
+    request.state.caller = caller
+
+
+def bearer(request: Request) -> str | None:
+    """The key in `Authorization: Bearer ...`; None where there is no such header."""
+    given = request.headers.get("authorization")
+    if given is None:
+        return None
+    scheme, _, secret = given.partition(" ")
+    if scheme.lower() != "bearer" or not secret.strip():
+        raise ApiError("the Authorization header must be 'Bearer KEY'", code="invalid_api_key")
+    return secret.strip()
+
+
+def caller_of(request: Request) -> Any:
+    """The caller that `authorise` found; routes behind a scope always have one."""
+    return request.state.caller
+
+
+ServicesDep = Annotated[Services, Depends(services_of)]
+CallerDep = Annotated[Any, Depends(caller_of)]

@@ -1,0 +1,163 @@
+"""What inference calls may say. Fields are OpenAI's, then the further sampling fields that vLLM takes.
+
+A field that would change the answer and is not supported is refused; those in IGNORED have no meaning here and are
+accepted, since clients send them by themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from loramux.server.errors import ApiError
+
+IGNORED = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
+        *("prompt_cache_retention", "parallel_tool_calls"),
+    }
+)
+# What a field may say although it is not supported: it asks for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "logit_bias": (None, {}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "suffix": (None, ""),
+    "use_beam_search": (None, False),
+}
+_MESSAGE_EXTRAS = frozenset(
+    {"name", "refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content"}
+)
+Model = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class _Body(BaseModel):
+    # Unknown keys are looked at by `check_extras`, which knows why each of them is refused.
+    model_config = ConfigDict(
+        strict=True, extra="allow", json_schema_extra={"additionalProperties": False}
+    )
+
+    def check_extras(self) -> None:
+        """Refuse what is not supported, by name; keep what has no meaning here."""
+        for name, value in (self.model_extra or {}).items():
+            if name in IGNORED or (name in NEUTRAL and value in NEUTRAL[name]):
+                continue
+            if name in NEUTRAL:
+                raise ApiError(
+                    f"{name!r} is not supported by this server; leave it out",
+                    code="unsupported_parameter", param=name,
+                )  # fmt: skip
+            raise ApiError(
+                f"unknown parameter {name[:80]!r}; remove it",
+                code="unknown_parameter",
+                param=name[:80],
+            )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class SamplingBody(_Body):
+    """Fields of both inference calls."""
+
+    model: Model | None = Field(None, description="base, adapter, mix, router:NAME or auto")
+    adapter_id: Model | None = Field(None, description="another spelling of an adapter in `model`")
+    lora_path: Model | None = Field(None, description="another spelling of an adapter in `model`")
+    max_tokens: int | None = Field(None, ge=0, le=2**31)
+    min_tokens: int = Field(0, ge=0, le=2**31)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=0, le=2**62)
+    n: int | None = Field(None, ge=1, le=2**31)
+    stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
+    ignore_eos: bool = False
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class TextPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """One turn. Roles of tools are refused, and so is any part that is not text."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", json_schema_extra={"additionalProperties": False}
+    )
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def plain(self, place: int) -> dict[str, str]:
+        """As a chat template takes it."""
+        for name, value in (self.model_extra or {}).items():
+            if name not in _MESSAGE_EXTRAS or (value not in (None, [], "") and name != "name"):
+                raise ApiError(
+                    f"messages.{place}.{name[:80]} is not supported; leave it out",
+                    code="unsupported_parameter", param=f"messages.{place}.{name[:80]}",
+                )  # fmt: skip
+        text = (
+            self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
+        )
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text}
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=2**31)
+
+
+class CompletionBody(SamplingBody):
+    """POST /v1/completions. `prompt`: a text, token ids, or a list of either."""
+
+    prompt: str | list[Token] | list[str] | list[list[Token]]
+    logprobs: int | None = Field(None, ge=0, le=2**31)
+    echo: bool | None = None
+    best_of: int | None = Field(None, ge=1, le=2**31)
+
+
+class EmbeddingBody(_Body):
+    """POST /v1/embeddings."""
+
+    model: Model
+    input: str | list[str]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, le=2**31)

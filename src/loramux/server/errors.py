@@ -1,0 +1,158 @@
+"""Every error that leaves the server: OpenAI's envelope, a stable code, no path and no name that is not the caller's.
+
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from loramux.errors import LoramuxError
+
+log = logging.getLogger(__name__)
+
+# Status of the codes that lower layers raise; a code that is not here is a bad request.
+STATUS: Mapping[str, int] = {
+    "invalid_api_key": 401,
+    "permission_denied": 403,
+    "model_not_found": 404,
+    "not_found": 404,
+    "conflict": 409,
+    "precondition_failed": 412,
+    "too_large": 413,
+    "rate_limit_exceeded": 429,
+    "quota_exceeded": 429,
+    "overloaded": 503,
+}
+TYPES: Mapping[int, str] = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    412: "conflict_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "overloaded_error",
+}
+_HTTP_CODES: Mapping[int, str] = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+    415: "unsupported_media_type",
+}
+
+
+class ApiError(LoramuxError):
+    """An answer that is an error. `param` names the field of the body that is at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        status: int | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.code, self.param = code, param
+        self.status = status or STATUS.get(code, 400)
+        self.headers = dict(headers or {})
+
+
+def envelope(
+    status: int, message: str, code: str | None, param: str | None = None
+) -> dict[str, Any]:
+    """The body of an error."""
+    kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def as_api_error(error: LoramuxError) -> ApiError:
+    """What a lower layer's error is to a client. Errors without a code say what the user gave, never where it lies."""
+    if isinstance(error, ApiError):
+        return error
+    code = getattr(error, "code", None)
+    if not isinstance(code, str):
+        log.warning("an error without a code reached a client as 'invalid_request': %s", error)
+        return ApiError(
+            "this cannot be done as asked; the server's log says why", code="invalid_request"
+        )
+    headers = dict(getattr(error, "headers", None) or {})
+    wait = getattr(error, "retry_after_s", None)
+    if wait is not None:
+        headers.setdefault("Retry-After", str(max(1, round(wait + 0.5))))
+    status = getattr(error, "status", None)
+    return ApiError(
+        str(error), code=code, status=status if isinstance(status, int) else None,
+        param=getattr(error, "param", None), headers=headers,
+    )  # fmt: skip
+
+
+def response_of(error: LoramuxError) -> JSONResponse:
+    """The answer to a request that failed so."""
+    found = as_api_error(error)
+    body = envelope(found.status, str(found), found.code, found.param)
+    headers = found.headers
+    if found.status == 401:
+        headers = {"WWW-Authenticate": "Bearer", **headers}
+    return JSONResponse(body, found.status, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Let every way of failing answer with the envelope."""
+
+    async def ours(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, LoramuxError)
+        return response_of(error)
+
+    async def invalid(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return response_of(_validation(error))
+
+    async def http(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        status = error.status_code
+        code = _HTTP_CODES.get(status, "invalid_request")
+        return JSONResponse(
+            envelope(status, str(error.detail), code), status, dict(error.headers or {})
+        )
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        # The trace goes to the log; what it says may hold paths or names that are not the caller's.
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return JSONResponse(
+            envelope(500, "the server failed; its log says why", "internal_error"), 500
+        )
+
+    app.add_exception_handler(LoramuxError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _validation(error: RequestValidationError) -> ApiError:
+    """The first problem, with its place; what was given is not repeated: it may be a prompt."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    where = ".".join(place) or None
+    kind = first["type"]
+    if kind == "extra_forbidden":
+        return ApiError(
+            f"unknown parameter {where!r}; remove it", code="unknown_parameter", param=where
+        )
+    if kind == "json_invalid":
+        return ApiError("the body is not valid JSON", code="invalid_json")
+    if kind == "missing":
+        code, message = "missing_parameter", f"{where or 'the body'} is missing"
+    else:
+        code = "invalid_value"
+        message = f"{where or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+    return ApiError(message, code=code, param=where)

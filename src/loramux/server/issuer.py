@@ -1,0 +1,106 @@
+"""From a finished call to its receipt, and where the public keys are read: `GET /v1/receipts/key`.
+
+The receipt tells what the engine reported. If that is not what was pinned at admission, the log has an error and the
+receipt shows it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+
+from loramux.server.auth import ServicesDep
+from loramux.server.errors import ApiError
+from loramux.server.receipts import Part, Receipt, Router, describe_answer, issue
+from loramux.server.signing import Signer
+
+if TYPE_CHECKING:
+    from loramux.engine.request import Completion
+    from loramux.server.resolve import Plan
+    from loramux.server.services import Outcome
+
+log = logging.getLogger(__name__)
+
+
+def router() -> APIRouter:
+    """The one route."""
+    routes = APIRouter(tags=["receipts"])
+
+    @routes.get("/v1/receipts/key", summary="Public keys of receipts")
+    async def keys(services: ServicesDep) -> dict[str, Any]:
+        if not isinstance(services.signer, Issuer):
+            raise ApiError("this server signs no receipts", code="not_found")
+        return services.signer.signer.keys_json()
+
+    return routes
+
+
+class Issuer:
+    """`Services.signer`: one signature per call. `base`: digest of the base, until the engine names it."""
+
+    def __init__(
+        self,
+        signer: Signer,
+        base: str | None = None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.signer = signer
+        self._base, self._clock = base or "", clock
+        self.num_issued = self.num_mismatched = 0
+
+    def issue(self, outcome: Outcome) -> Receipt:
+        """The receipt of a call that ran, answered or not."""
+        self.num_issued += 1
+        plan = outcome.plan
+        answers = [
+            self._answer(plan, prompt, done)
+            for prompt, done in zip(outcome.prompts, _by_prompt(outcome), strict=True)
+        ]
+        return issue(
+            self.signer,
+            id=outcome.id,
+            tenant=outcome.caller.tenant,
+            model=plan.label,
+            answers=answers,
+            params=outcome.params,
+            debit=outcome.debit,
+            now=None if self._clock is None else self._clock(),
+        )
+
+    def _answer(
+        self, plan: Plan, prompt: Any, completions: tuple[Completion, ...]
+    ) -> Mapping[str, Any]:
+        told = {done.answered for done in completions if done.answered.base}
+        pinned = tuple(plan.mix)
+        for answered in told:
+            if tuple((name, weight) for name, _, weight in answered.parts) != pinned:
+                self.num_mismatched += 1
+                log.error("what answered is not what was pinned: %s, %s", answered.parts, pinned)
+        return describe_answer(
+            completions,
+            prompt=prompt,
+            parts=[
+                Part(version.ref, digest, weight)
+                for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
+            ],
+            base=self._base,
+            router=_router(plan),
+            routing=getattr(plan, "routing", None),
+        )
+
+
+def _router(plan: Plan) -> Router | None:
+    if plan.router is None:
+        return None
+    digest = next((version.digest for version in plan.versions if version.ref == plan.router), "")
+    return Router(plan.router, digest)
+
+
+def _by_prompt(outcome: Outcome) -> tuple[tuple[Completion, ...], ...]:
+    if outcome.by_prompt:
+        return outcome.by_prompt
+    # One prompt: all completions are its own.
+    return (outcome.completions, *((),) * (len(outcome.prompts) - 1))

@@ -1,0 +1,113 @@
+"""Answers in OpenAI's words: choices, usage, log-probabilities of both shapes, and ours under `loramux`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loramux.engine.request import Completion, TokenLogprob
+from loramux.server.calls import Call
+
+LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's choice
+
+
+class Words:
+    """Tokens as texts, for log-probabilities; each is decoded once."""
+
+    def __init__(self, tokenizer: Any, limit: int = 65536):
+        self._tokenizer, self._limit = tokenizer, limit
+        self._kept: dict[int, str] = {}
+
+    def __call__(self, token: int) -> str:
+        found = self._kept.get(token)
+        if found is None:
+            found = str(self._tokenizer.decode([token]))
+            if len(self._kept) < self._limit:
+                self._kept[token] = found
+        return found
+
+
+def usage(completions: Sequence[Completion], num_prompt: int) -> dict[str, Any]:
+    """Tokens of a call; a prompt counts once, however many samples it has."""
+    generated = sum(len(done.token_ids) for done in completions)
+    cached = sum(done.cached_tokens for done in completions if done.index == 0)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": generated,
+        "total_tokens": num_prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+def ours(call: Call) -> dict[str, Any]:
+    """The field `loramux` of a body or of the last chunk: what answered, why, and the receipt."""
+    plan = call.plan
+    said: dict[str, Any] = {
+        "adapters": [
+            {"ref": version.ref, "digest": digest, "weight": weight}
+            for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
+        ],
+        "routing": plan.routing,
+        "receipt": call.receipt,
+    }
+    if plan.router is not None:
+        said["router"] = plan.router
+    return said
+
+
+# --- Log-probabilities ------------------------------------------------------------------------------
+
+
+def chat_logprobs(words: Words, found: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """As /v1/chat/completions has them."""
+    return {
+        "content": [
+            {
+                **_entry(words, each.token, each.logprob),
+                "top_logprobs": [_entry(words, token, value) for token, value in each.top],
+            }
+            for each in found
+        ],
+        "refusal": None,
+    }
+
+
+def _entry(words: Words, token: int, logprob: float) -> dict[str, Any]:
+    text = words(token)
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def text_logprobs(
+    words: Words, found: Sequence[TokenLogprob | None], tokens: Sequence[int], offset: int = 0
+) -> dict[str, Any]:
+    """As /v1/completions has them. `found` holds None for a first prompt token, which nothing predicts."""
+    texts, offsets = [], []
+    for token in tokens:
+        text = words(token)
+        texts.append(text)
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [None if each is None else _finite(each.logprob) for each in found],
+        "top_logprobs": [None if each is None else _best(words, each) for each in found],
+        "text_offset": offsets,
+    }
+
+
+def _best(words: Words, found: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens and the chosen one. Of tokens with one text (parts of a character) the likeliest stays."""
+    best: dict[str, float] = {}
+    for token, value in (*found.top, (found.token, found.logprob)):
+        text, value = words(token), _finite(value)
+        best[text] = max(value, best.get(text, value))
+    return best
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def header_of(plan: Any) -> Mapping[str, str]:
+    """x-loramux-adapter: what answered, as the reply's `model` says it."""
+    return {"x-loramux-adapter": plan.label}
