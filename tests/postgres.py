@@ -1,7 +1,7 @@
 """A private PostgreSQL for the tests: started once per pytest process, on a socket in a folder of its own.
 
 Why not a service: a claim about PostgreSQL is tested against PostgreSQL wherever its programs are installed, and says
-why it was not where they are missing. Use: `from postgres import postgres_url` in a conftest.py, `fresh_schema` per test.
+why it was not where they are missing. Use: import `postgres_url` in a conftest.py, call `fresh_schema` for each test.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def postgres_url() -> Iterator[str]:
     # A short path: a socket's name has at most 107 bytes.
     folder = Path(tempfile.mkdtemp(prefix="lmpg-", dir="/tmp"))
     try:
-        with running(programs, folder):
+        with Server(programs, folder):
             yield f"postgresql://tester@/postgres?host={folder}"
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -72,7 +72,7 @@ def find_programs() -> Path | None:
     return next((f for f in folders if (f / "initdb").exists() and (f / "postgres").exists()), None)
 
 
-class running:
+class Server:
     """The server, from `with` to its end; skips the test where it does not start."""
 
     def __init__(self, programs: Path, folder: Path):
@@ -83,7 +83,19 @@ class running:
         if self.who:
             shutil.chown(self.folder, self.who["user"], self.who["group"])
         data = self.folder / "data"
-        self.call("initdb", "-D", str(data), "-U", "tester", "-A", "trust", "-N", "--no-locale", "-E", "UTF8")
+        self.call(
+            "initdb",
+            "-D",
+            str(data),
+            "-U",
+            "tester",
+            "-A",
+            "trust",
+            "-N",
+            "--no-locale",
+            "-E",
+            "UTF8",
+        )
         options = " ".join(f"-c {name}='{value}'" for name, value in SETTINGS.items())
         options += f" -c unix_socket_directories='{self.folder}'"
         log = str(self.folder / "log")

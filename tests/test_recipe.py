@@ -225,7 +225,8 @@ def test_the_schema_knows_every_key_and_allows_no_other() -> None:
     schema = recipe_schema()
     json.dumps(schema)
     assert set(schema["properties"]) == {
-        *("base", "dtype", "seed", "threads", "method", "data", "training", "jobs")
+        *("base", "dtype", "seed", "threads", "method", "data", "training", "jobs"),
+        "joint",
     }
     assert schema["additionalProperties"] is False
     job = schema["$defs"]["JobPatch"]["properties"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,8 @@ TABLES = ("registry.tables", "tenancy.tables", "retrieval.tables")
 
 
 @pytest.fixture
-def engine(tmp_path: Path, database: str | None) -> Iterator[Engine]:
-    engine = open_database(database or f"sqlite:///{tmp_path}/registry.sqlite3")
+def engine(empty_database: str) -> Iterator[Engine]:
+    engine = open_database(empty_database)
     yield engine
     engine.dispose()
 
@@ -63,14 +63,14 @@ def test_migrations_go_up_down_and_up_again(engine: Engine) -> None:
 
 
 def test_what_is_registered_survives_migrations_of_other_packages(
-    open_registry: Callable[..., Registry], tmp_path: Path
+    engine: Engine, tmp_path: Path
 ) -> None:
-    registry = open_registry()
-    published = put(registry, tmp_path, "a")
-    with begin(registry.database) as connection:
-        run_alembic(connection, "downgrade", "0001_registry")
-    migrate(registry.database)
-    assert registry.resolve("ann/sums", caller=None) == published
+    with Registry.open(tmp_path / "registry", url=engine.url) as registry:
+        published = put(registry, tmp_path, "a")
+        with begin(engine) as connection:
+            run_alembic(connection, "downgrade", "0001_registry")
+        migrate(engine)
+        assert registry.resolve("ann/sums", caller=None) == published
 
 
 def test_the_migrations_are_one_line_and_their_file_names_say_the_order(engine: Engine) -> None:

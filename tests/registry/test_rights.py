@@ -69,7 +69,9 @@ ASKED: dict[str, Ask] = {
     "resolve a digest": lambda r, ref: r.resolve(f"{ref}@sha256:{'0' * 64}", caller="eve"),
     "versions": lambda r, ref: r.versions(ref, "eve"),
     "set alias": lambda r, ref: r.set_alias(ref, "prod", 1, actor="t", caller="eve"),
-    "set alias, expecting": lambda r, ref: r.set_alias(ref, "x", 1, expect=1, actor="t", caller="eve"),
+    "set alias, expecting": lambda r, ref: r.set_alias(
+        ref, "x", 1, expect=1, actor="t", caller="eve"
+    ),
     "drop alias": lambda r, ref: r.drop_alias(ref, "latest", actor="t", caller="eve"),
     "share": lambda r, ref: r.share(ref, "eve", "t", caller="eve"),
     "unshare": lambda r, ref: r.unshare(ref, "*", "t", caller="eve"),

@@ -31,7 +31,9 @@ class Upload:
     num_bytes: int = 0
 
 
-def upload(folder: Path, content: str, *, base: str | None = BASE, shared_file: str = "{}") -> Upload:
+def upload(
+    folder: Path, content: str, *, base: str | None = BASE, shared_file: str = "{}"
+) -> Upload:
     """Two files: a config of which many uploads have the same, and weights that say `content`."""
     texts = {"adapter_config.json": shared_file, "adapter_model.safetensors": content}
     files = tuple(stage(folder, path, text.encode()) for path, text in texts.items())

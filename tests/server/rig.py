@@ -71,3 +71,19 @@ def running(app: FastAPI) -> Iterator[str]:
         thread.join(timeout=20)
         listener.close()
         assert not thread.is_alive()
+
+
+class FolderRegistry(StubRegistry):
+    """A stub whose versions have folders that a real engine can read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folders: dict[str, Any] = {}
+
+    def add_folder(self, tenant: str, name: str, folder: Any, **fields: Any) -> Any:
+        version = self.add(tenant, name, **fields)
+        self.folders[version.digest] = folder
+        return version
+
+    def folder(self, version: Any) -> Any:
+        return self.folders[version.digest]

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import uuid
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine
 
 from loramux.registry.db import open_database
+from loramux.registry.schema import migrate
 from loramux.tenancy import Tenancy
-from postgres import postgres_url  # noqa: F401
-from tenancy.clocks import Clock
+from postgres import fresh_schema, postgres_url  # noqa: F401
+from tenancy.helpers import Clock
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty database."""
-    if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path / 'registry.sqlite3'}"
-        return
-    server = request.getfixturevalue("postgres_url")
-    yield from _own_database(server)
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database with all tables, to copy: migrating anew for every test takes longer than the tests."""
+    file = tmp_path_factory.mktemp("tenancy") / "registry.sqlite3"
+    engine = open_database(f"sqlite:///{file}")
+    migrate(engine)
+    with engine.connect() as connection:  # all of it into the one file
+        connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+    engine.dispose()
+    return file
 
 
-def _own_database(server: str) -> Iterator[str]:
-    name = f"tenancy_{uuid.uuid4().hex[:12]}"
-    admin = open_database(server).execution_options(isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {name}"))
-    yield admin.url.set(database=name).render_as_string(hide_password=False)
-    with admin.connect() as connection:
-        connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
-    admin.dispose()
+@pytest.fixture
+def database(request: pytest.FixtureRequest, migrated: Path, tmp_path: Path) -> str:
+    """The URL of an empty database: SQLite, or what `helpers.both` asks for."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        return fresh_schema(request.getfixturevalue("postgres_url"))
+    return f"sqlite:///{shutil.copy(migrated, tmp_path / 'registry.sqlite3')}"
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -9,9 +10,9 @@ import time
 import pytest
 from sqlalchemy import event, select
 
-from loramux.tenancy import AuthError, Tenancy
-from loramux.tenancy import tables
+from loramux.tenancy import AuthError, Tenancy, tables
 from loramux.tenancy.secret import hash_of, key_id_of
+from tenancy.helpers import both
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def refused(tenancy: Tenancy, secret: str | None) -> AuthError:
     return caught.value
 
 
+@both
 def test_a_key_says_whose_it_is_and_what_it_may(tenancy, key):
     caller = tenancy.keys.authenticate(key.secret)
     assert (caller.tenant, caller.key_id, caller.weight) == ("acme", key.key.id, 2.0)
@@ -38,7 +40,9 @@ def test_the_secret_is_kept_nowhere(tenancy, key, engine, caplog):
     tenancy.keys.authenticate(key.secret)
     refused(tenancy, key.secret[:-1] + ("0" if key.secret[-1] != "0" else "1"))
     with engine.connect() as connection:
-        rows = [str(connection.execute(select(table)).all()) for table in tables.metadata.sorted_tables]
+        rows = [
+            str(connection.execute(select(table)).all()) for table in tables.metadata.sorted_tables
+        ]
     proof = key.secret.rsplit("_", 1)[1]
     for text in (*rows, caplog.text, repr(key), repr(tenancy.keys.list())):
         assert proof not in text
@@ -53,17 +57,18 @@ def test_secrets_are_256_random_bits_and_name_their_key(tenancy, key):
     assert key.key.id != other.key.id
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        "x", "Bearer", "lmx_", "lmx_" + "0" * 16 + "_" + "0" * 64, "LMX_" + "0" * 16 + "_" + "0" * 64,
-        "lmx_" + "g" * 16 + "_" + "0" * 64, "é" * 40, "\x00", "a" * 100_000, "lmx_" + "0" * 16 + "_" + "0" * 64 + "\n",
-    ],
-)  # fmt: skip
-def test_what_is_no_key_is_refused_in_the_same_words_as_a_wrong_one(tenancy, key, bad):
+NO_KEYS = [
+    *("x", "Bearer", "lmx_", "é" * 40, "\x00", "a" * 100_000, "lmx_" + "g" * 16 + "_" + "0" * 64),
+    *(f"{prefix}_" + "0" * 16 + "_" + "0" * 64 for prefix in ("lmx", "LMX", "lmx_", " lmx")),
+    "lmx_" + "0" * 16 + "_" + "0" * 64 + "\n",
+]
+
+
+def test_what_is_no_key_is_refused_in_the_same_words_as_a_wrong_one(tenancy, key):
     wrong = key.secret[:-4] + "beef"
-    assert str(refused(tenancy, bad)) == str(refused(tenancy, wrong))
-    assert refused(tenancy, bad).code == "invalid_api_key"
+    for bad in (*NO_KEYS, key.secret.upper(), key.secret + "0", key.secret[1:]):
+        error = refused(tenancy, bad)
+        assert (str(error), error.code) == (str(refused(tenancy, wrong)), "invalid_api_key")
 
 
 @pytest.mark.parametrize("none", [None, ""])
@@ -90,7 +95,9 @@ def test_turning_the_clock_back_does_not_make_a_key_live_longer(tenancy, key, cl
     refused(tenancy, brief.secret)
 
 
-def test_turning_the_clock_back_does_not_help_when_the_tenant_is_read_again(tenancy, key, clock, wall):
+def test_turning_the_clock_back_does_not_help_when_the_tenant_is_read_again(
+    tenancy, key, clock, wall
+):
     brief = tenancy.keys.create("acme", ["infer"], expires_in_s=100, actor="test")
     tenancy.keys.authenticate(brief.secret)
     wall.now -= 3600
@@ -107,6 +114,7 @@ def test_a_clock_that_jumps_ahead_lets_nobody_in_and_locks_nobody_out_for_good(t
     tenancy.keys.authenticate(brief.secret)
 
 
+@both
 def test_both_keys_are_valid_while_a_rotation_overlaps(tenancy, key, wall):
     wall.now += 1
     new = tenancy.keys.rotate(key.key.id, overlap_s=60, actor="test")
@@ -117,7 +125,11 @@ def test_both_keys_are_valid_while_a_rotation_overlaps(tenancy, key, wall):
     refused(tenancy, key.secret)
     tenancy.keys.authenticate(new.secret)
     old, fresh = tenancy.keys.list("acme")
-    assert (old.replaced_by, old.state(wall()), fresh.state(wall())) == (new.key.id, "expired", "valid")
+    assert (old.replaced_by, old.state(wall()), fresh.state(wall())) == (
+        new.key.id,
+        "expired",
+        "valid",
+    )
 
 
 def test_a_rotation_never_makes_the_old_key_live_longer(tenancy, key, wall):
@@ -143,6 +155,7 @@ def test_a_key_that_is_over_cannot_be_rotated(tenancy, key, wall, how):
         tenancy.keys.rotate(made.key.id, actor="test")
 
 
+@both
 def test_a_change_elsewhere_is_seen_after_half_a_second_and_not_asked_for_before(
     tenancy, key, second, clock, engine
 ):
@@ -160,6 +173,7 @@ def test_a_change_elsewhere_is_seen_after_half_a_second_and_not_asked_for_before
     assert asked
 
 
+@both
 def test_a_disabled_tenant_is_shut_out_everywhere_until_it_is_enabled(tenancy, key, second, clock):
     other = second()
     other.keys.authenticate(key.secret)
@@ -233,14 +247,13 @@ def test_a_thousand_wrong_keys_take_as_long_as_a_thousand_of_a_key_that_exists(t
         for name, secrets in (("near", near), ("far", far)):
             start = time.process_time()
             for secret in secrets:
-                try:
+                with contextlib.suppress(AuthError):
                     tenancy.keys.authenticate(secret)
-                except AuthError:
-                    pass
             best[name] = min(best[name], time.process_time() - start)
     assert 0.5 < best["near"] / best["far"] < 2
 
 
+@both
 def test_threads_that_authenticate_while_keys_change_see_each_key_as_it_is(engine, wall):
     tenancy = Tenancy.open(engine, wall=wall, poll_s=0.001)
     tenancy.tenants.create("acme", actor="test")
@@ -250,7 +263,7 @@ def test_threads_that_authenticate_while_keys_change_see_each_key_as_it_is(engin
 
     def ask() -> None:
         try:
-            while not done.is_set():
+            while not done.wait(0.001):
                 assert tenancy.keys.authenticate(stays.secret).tenant == "acme"
         except BaseException as error:
             failures.append(error)
@@ -258,14 +271,14 @@ def test_threads_that_authenticate_while_keys_change_see_each_key_as_it_is(engin
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(10):
-        made = tenancy.keys.create("acme", ["infer"], actor="test")
-        tenancy.keys.authenticate(made.secret)
-        tenancy.keys.revoke(made.key.id, actor="test")
-        refused(tenancy, made.secret)
-    done.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in range(10):
+            made = tenancy.keys.create("acme", ["infer"], actor="test")
+            tenancy.keys.authenticate(made.secret)
+            tenancy.keys.revoke(made.key.id, actor="test")
+            refused(tenancy, made.secret)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
     assert not failures
-
-

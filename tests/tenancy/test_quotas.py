@@ -10,7 +10,7 @@ import pytest
 
 from loramux.tenancy import Caller, Limits, QuotaError, Quotas
 from loramux.tenancy.quotas import Usage
-from tenancy.clocks import Clock
+from tenancy.helpers import Clock
 
 
 def caller(tenant: str = "acme", **limits: int | None) -> Caller:
@@ -82,7 +82,9 @@ def test_every_way_a_request_ends_gives_back_what_it_did_not_use(quotas, how):
     assert quotas.headers(who)["x-ratelimit-remaining-tokens"] == "100"
     # One that ran is a request of this minute, one that never started is not.
     assert quotas.usage("acme").requests == (1 if how == "settle" else 0)
-    assert quotas.headers(who)["x-ratelimit-remaining-requests"] == ("0" if how == "settle" else "1")
+    assert quotas.headers(who)["x-ratelimit-remaining-requests"] == (
+        "0" if how == "settle" else "1"
+    )
 
 
 def test_only_the_first_end_of_a_reservation_counts(quotas):
@@ -187,7 +189,10 @@ def test_streams_at_a_time_are_counted_and_given_back(quotas):
     who = caller(max_concurrency=2)
     with quotas.hold(who):
         with quotas.hold(who):
-            with pytest.raises(QuotaError, match="2 requests at a time") as refused, quotas.hold(who):
+            with (
+                pytest.raises(QuotaError, match="2 requests at a time") as refused,
+                quotas.hold(who),
+            ):
                 pass
             assert refused.value.kind == "concurrency"
             assert refused.value.headers["Retry-After"] == "1"

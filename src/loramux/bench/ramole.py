@@ -43,7 +43,9 @@ class Plan:
     seeds: int = 3
     rows: int = 25
     samples: int = 60
-    learning_rate: float = 1e-3
+    learning_rate: float = (
+        3e-3  # best of 1e-4, 1e-3, 3e-3 by validation loss after 45 steps, seed 0
+    )
 
     @property
     def tasks(self) -> list[str]:
@@ -234,7 +236,6 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     from loramux.eval.run import read_tasks
 
     plan.out.mkdir(parents=True, exist_ok=True)
-    routers = [train(plan, seed) for seed in range(plan.seeds)]
     found = find(plan)
     kept = plan.out / "scores.jsonl"
     done = [json.loads(line) for line in kept.read_text().splitlines()] if kept.is_file() else []
@@ -253,12 +254,15 @@ def measure(plan: Plan) -> list[dict[str, Any]]:
     pool.put(None)
     for way, setting, seed, task in left:
         if seed is not None and seed != current:
-            pool.put(routers[seed])
+            pool.put(train(plan, seed))
             current = seed
         own, hits = rows_of[task], found[setting or "iid"][task]
+        sets = sets_of(way, task, hits)
+        alone = [r["scores"] for r in done if (r["way"], r["task"]) == ("oracle", task)]
+        is_alone = bool(alone) and all(chosen == [task] for chosen in sets)
         row: dict[str, Any] = {
             "way": way, "setting": setting, "seed": seed, "task": task,
-            "scores": pool.score(own, sets_of(way, task, hits)),
+            "scores": alone[0] if is_alone else pool.score(own, sets),
         }  # fmt: skip
         if seed is not None:
             row["trained"] = task in plan.trained_on(seed)
@@ -281,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=25, help="test rows of each task")
     parser.add_argument("--samples", type=int, default=60, help="training rows of each task")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     plan = Plan(**vars(parser.parse_args(arguments)))
     if len(plan.tasks) < TOP + 1:
         parser.error(

@@ -71,7 +71,7 @@ def compose(
 
     The result loads in PEFT and everywhere else; compose.json beside it holds ranks, errors and the similarity of the
     inputs. With one adapter, loralego and svd compress it. arrow gives a mixture instead (and needs --base); routers
-    that are trained (mole, loraflow, xlora) are made by `loramux train`.
+    that are trained (mole, loraflow, xlora, ramole) are made by `loramux train`.
 
     Example: loramux compose ties runs/snips/adapter runs/clinc/adapter --weights 0.7 0.3 --rank 16 --out merged
     """

@@ -24,9 +24,13 @@ from loramux.cli import (
     demo,
     fetch,
     generate,
+    jobs,
+    key,
     lower,
     methods,
     report,
+    serve,
+    tenant,
     tenants,
     train,
     verify,
@@ -54,6 +58,7 @@ app = typer.Typer(
 )
 app.command("fetch")(fetch.fetch)
 app.command("train")(train.train)
+app.command("jobs")(jobs.jobs)
 app.command("eval")(eval_.evaluate)
 app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
@@ -65,8 +70,11 @@ app.command("bench")(bench.bench)
 app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("tenants")(tenants.tenants)
+app.command("serve")(serve.serve)
 app.command("verify")(verify.verify)
 app.add_typer(config.app, name="config")
+app.add_typer(tenant.app, name="tenant")
+app.add_typer(key.app, name="key")
 
 
 def _version(wanted: bool) -> None:

@@ -25,6 +25,10 @@ def train(
     resume: Annotated[
         bool, typer.Option(help="Go on from the last state in the folder, if there is one.")
     ] = True,
+    joint: Annotated[
+        bool,
+        typer.Option("--joint", help="Train the jobs together, in shared calls of the base."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, print it in full and stop.")
     ] = False,
@@ -39,6 +43,8 @@ def train(
     from loramux.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or ())
+    if joint and checked.joint is None:
+        checked = load_recipe(recipe, [*(settings or ()), "joint=true"])
     if dry_run:
         _show_resolved(checked, json)
         return

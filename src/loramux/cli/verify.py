@@ -143,7 +143,7 @@ def _keys(server_key: Path | None, root: Path | None) -> Any:
 
     if server_key is not None:
         return PublicKeys.from_file(server_key)
-    home = None if root is None else root / "receipts"
+    home = None if root is None else root / "server" / "receipts"
     if home is not None and home.is_dir():
         return published(home)
     raise LoramuxError(

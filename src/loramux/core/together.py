@@ -103,7 +103,7 @@ class Together:
         """[n, I] of every share. Linears that read the same x share one split: its backward copies all rows."""
         if self._split is not None and self._split[0] is x and self._split[1] == list(sizes):
             return self._split[2]
-        parts = x.reshape(-1, x.shape[-1]).split(list(sizes))
+        parts: tuple[Tensor, ...] = x.reshape(-1, x.shape[-1]).split(list(sizes))
         self._split = (x, list(sizes), parts)
         return parts
 

@@ -6,13 +6,21 @@ defaults of every job.
     for job in load_recipe("recipe.yaml", ["training.steps=10"]).jobs_resolved(): ...
 """
 
-from loramux.recipe.load import dump_recipe, load_recipe, override, parse_recipe, recipe_schema
+from loramux.recipe.load import (
+    dump_recipe,
+    load_job,
+    load_recipe,
+    override,
+    parse_recipe,
+    recipe_schema,
+)
 from loramux.recipe.resolve import check_method
 from loramux.recipe.schema import (
     DEMO_PREFIX,
     DataConfig,
     DataSource,
     JobRecipe,
+    JointConfig,
     MethodSpec,
     Recipe,
     Template,
@@ -25,6 +33,7 @@ __all__ = [
     "DataConfig",
     "DataSource",
     "JobRecipe",
+    "JointConfig",
     "MethodSpec",
     "Recipe",
     "Template",
@@ -32,6 +41,7 @@ __all__ = [
     "TrainingConfig",
     "check_method",
     "dump_recipe",
+    "load_job",
     "load_recipe",
     "override",
     "parse_recipe",

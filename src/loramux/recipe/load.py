@@ -15,7 +15,7 @@ import yaml
 
 from loramux.errors import RecipeError
 from loramux.recipe.problems import validated
-from loramux.recipe.schema import DEMO_PREFIX, JobRecipe, Recipe
+from loramux.recipe.schema import DEMO_PREFIX, JobPatch, JobRecipe, Recipe
 
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".pq")
 
@@ -109,6 +109,26 @@ def override(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     return result
 
 
+def load_job(path: Path, recipe: Recipe) -> JobRecipe:
+    """One further job for a recipe, from a file that holds what an entry of `jobs` may; named like the file if it
+    says no name. Relative paths are taken from the file's folder."""
+    raw = {"name": path.stem, **read_mapping(path, "name, method, data and training")}
+    placed_raw = _with_paths_from({"jobs": [raw]}, path.parent.resolve())
+    try:
+        patch = validated(JobPatch, placed_raw["jobs"][0], "")
+        (job,) = recipe.model_copy(update={"jobs": (patch,)}).jobs_resolved()
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from None
+    return job
+
+
+def placed_job(path: Path) -> str:
+    """The YAML of a job's file, its relative paths made absolute, so that it may lie elsewhere."""
+    raw = {"name": path.stem, **read_mapping(path, "name, method, data and training")}
+    placed_raw = _with_paths_from({"jobs": [raw]}, path.parent.resolve())
+    return yaml.safe_dump(placed_raw["jobs"][0], sort_keys=False, allow_unicode=True)
+
+
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
     schema = Recipe.model_json_schema()
@@ -124,7 +144,8 @@ def dump_recipe(recipe: Recipe | JobRecipe) -> str:
     """YAML that `load_recipe` reads back, with every default written out."""
     raw = recipe.model_dump(mode="json")
     if isinstance(recipe, JobRecipe):
-        raw["jobs"] = [{"name": raw.pop("name")}]
+        own = {key: raw.pop(key) for key in ("name", "priority", "out")}
+        raw["jobs"] = [{key: value for key, value in own.items() if value}]
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
@@ -138,6 +159,8 @@ def _with_paths_from(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(result.get("base"), str):
         result["base"] = placed(result["base"], folder, is_path=False)
     for holder in holders:
+        if isinstance(holder.get("out"), str):
+            holder["out"] = str(folder / Path(holder["out"]).expanduser())
         data, method = holder.get("data"), holder.get("method")
         for split in ("train", "validation"):
             sources = data.get(split) if isinstance(data, dict) else None

@@ -38,6 +38,8 @@ def _resolve(recipe: Recipe, patch: JobPatch, where: str) -> JobRecipe:
         "method": _method_of(recipe, patch),
         "data": {**top.get("data", {}), **(patch.data or {})},
         "training": _training_of(top.get("training", {}), patch.training or {}),
+        "priority": patch.priority,
+        "out": patch.out,
     }
     if not raw["method"]:
         raise RecipeError(f"{join(where, 'method')}: missing; e.g. method: {{name: lora, r: 8}}")

@@ -137,6 +137,18 @@ class JobPatch(_Strict):
     data: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     seed: int | None = None
+    priority: int = Field(0, description="of jobs that are trained together, higher ones go first")
+    out: str | None = Field(None, description="folder that the trained adapter is copied to")
+
+
+class JointConfig(_Strict):
+    """Jobs share model calls instead of taking turns; `joint: true` takes the defaults."""
+
+    max_tokens: int = Field(4096, ge=1, description="of one model call, padding included")
+    round_tokens: int | None = Field(
+        None, ge=1, description="of one round; without it every job steps in every round"
+    )
+    stay: bool = Field(False, description="wait for further jobs when all have ended")
 
 
 class JobRecipe(_Strict):
@@ -150,6 +162,8 @@ class JobRecipe(_Strict):
     method: MethodSpec
     data: DataConfig
     training: TrainingConfig
+    priority: int = 0
+    out: str | None = None
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
@@ -175,6 +189,12 @@ class Recipe(_Strict):
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
     jobs: tuple[JobPatch, ...] | None = None
+    joint: JointConfig | None = None
+
+    @field_validator("joint", mode="before")
+    @classmethod
+    def _switch(cls, value: Any) -> Any:
+        return ({} if value else None) if isinstance(value, bool) else value
 
     def jobs_resolved(self) -> list[JobRecipe]:
         """One complete job per entry of `jobs`; without that list, the one job "default"."""

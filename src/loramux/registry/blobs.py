@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loramux.errors import require
-from loramux.registry.errors import Corrupt, RegistryError, StorageError
+from loramux.registry.errors import Corrupt, RegistryError, StorageError, Vanished
 
 CHUNK = 1 << 20
 _SHA = re.compile(r"[0-9a-f]{64}")
@@ -87,6 +87,10 @@ class LocalBlobs:
                 _make_folder(target.parent)
                 os.replace(part, target)
                 sync_folder(target.parent)
+            except FileNotFoundError:
+                if source.exists():
+                    raise Vanished from None
+                raise
             finally:
                 with contextlib.suppress(OSError):
                     part.unlink(missing_ok=True)
@@ -168,6 +172,10 @@ class RemoteBlobs:
                 if self._hash(part) != sha256:
                     raise _changed(sha256)
                 self.fs.mv(part, target)
+            except FileNotFoundError:
+                if source.exists():
+                    raise Vanished from None
+                raise
             finally:
                 if self.fs.exists(part):
                     self.fs.rm_file(part)

@@ -19,6 +19,7 @@ from loramux.registry.errors import Corrupt
 from loramux.registry.parts import Parts
 from loramux.registry.types import Version
 
+TRIES = 5
 _PART = ".part-"
 
 
@@ -29,15 +30,20 @@ def folder_of(parts: Parts, version: Version) -> Path:
         with contextlib.suppress(OSError):
             os.utime(target)  # used: not to be cleared soon
         return target
-    with storing():
-        parts.cache.mkdir(parents=True, exist_ok=True)
+    for attempt in range(TRIES):
         part = parts.cache / f"{_PART}{secrets.token_hex(8)}"
-        try:
-            _build(parts, version, part)
-            _place(part, target, version)
-        finally:
-            _remove(part)
-    return target
+        with storing():
+            try:
+                parts.cache.mkdir(parents=True, exist_ok=True)
+                _build(parts, version, part)
+                _place(part, target, version)
+                return target
+            except FileNotFoundError:  # a collector without patience took it away
+                if attempt + 1 == TRIES:
+                    raise
+            finally:
+                _remove(part)
+    raise AssertionError("left the loop without a folder or an error")
 
 
 def key_of(version: Version) -> str:
@@ -91,7 +97,7 @@ def _build(parts: Parts, version: Version, part: Path) -> None:
 
 
 def _place(part: Path, target: Path, version: Version) -> None:
-    for _ in range(3):
+    for _ in range(TRIES):
         with contextlib.suppress(
             OSError
         ):  # not empty: somebody was quicker, or it is a damaged one

@@ -49,3 +49,14 @@ class StorageError(RegistryError):
     """The disk, the database or the object store refused; nothing was changed."""
 
     code = "storage"
+
+
+class Vanished(StorageError):
+    """Somebody tidied away what was being written: the writer starts again."""
+
+    code = "collected"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "what was being stored was collected again and again; collect with a longer grace time"
+        )

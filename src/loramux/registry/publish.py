@@ -15,18 +15,24 @@ from sqlalchemy import Connection, delete, func, insert, select, update
 
 from loramux.registry import read
 from loramux.registry.db import begin
-from loramux.registry.errors import RegistryError, StorageError
+from loramux.registry.errors import RegistryError, StorageError, Vanished
 from loramux.registry.names import check_alias, check_name, check_tenant
 from loramux.registry.parts import Parts, as_json, check_actor
-from loramux.registry.tables import adapters, aliases, blobs, bump, files, leases, shares, versions
+from loramux.registry.tables import (
+    adapters,
+    aliases,
+    blobs,
+    bump,
+    files,
+    leases,
+    lock_writers,
+    shares,
+    versions,
+)
 from loramux.registry.types import EVERYONE, CheckedUpload, Version, Visibility
 
 TRIES = 5
 SEARCHED_CHARACTERS = 8_000
-
-
-class _LeaseLost(Exception):
-    """The blobs may be gone: store them again."""
 
 
 def publish(
@@ -77,18 +83,15 @@ def publish(
                         keep(connection, published, samples)
                 connection.execute(delete(leases).where(leases.c.token == token))
                 parts.step("before-commit")
-        except _LeaseLost:
+        except Vanished:
+            _release(parts, token)
             continue
         except BaseException:
             _release(parts, token)
             raise
         parts.step("committed")
         return published
-    raise StorageError(
-        f"the blobs were collected {TRIES} times while they were published; "
-        "collect with a longer grace time",
-        code="collected",
-    )
+    raise Vanished
 
 
 def point(
@@ -151,6 +154,7 @@ def _lease(parts: Parts, checked: CheckedUpload) -> str:
     token, now = secrets.token_hex(16), parts.clock()
     sizes = {file.sha256: file.num_bytes for file in checked.files}
     with begin(parts.database) as connection:
+        lock_writers(connection)
         for sha256, num_bytes in sorted(sizes.items()):
             touched = update(blobs).where(blobs.c.sha256 == sha256).values(touched_at=now)
             if connection.execute(touched).rowcount == 0:
@@ -170,7 +174,7 @@ def _store(parts: Parts, checked: CheckedUpload) -> None:
 def _check_leases(connection: Connection, token: str, checked: CheckedUpload) -> None:
     held = select(func.count()).select_from(leases).where(leases.c.token == token)
     if connection.execute(held).scalar_one() != len({file.sha256 for file in checked.files}):
-        raise _LeaseLost
+        raise Vanished
 
 
 def _release(parts: Parts, token: str) -> None:

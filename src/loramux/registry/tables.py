@@ -149,11 +149,13 @@ scores = Table(
 )
 
 
-def bump(connection: Connection) -> None:
-    """Raise the generation with this transaction.
+def lock_writers(connection: Connection) -> None:
+    """Until this transaction ends no other registry writer goes on. SQLite's transaction has done that already."""
+    connection.execute(select(generation.c.value).with_for_update())
 
-    Called first: on PostgreSQL its row lock makes the registry's writers queue, as SQLite does for all.
-    """
+
+def bump(connection: Connection) -> None:
+    """Raise the generation with this transaction. Called first: its row lock does what `lock_writers` does."""
     connection.execute(update(generation).values(value=generation.c.value + 1))
 
 

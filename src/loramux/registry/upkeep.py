@@ -14,7 +14,7 @@ from loramux.registry import read
 from loramux.registry.cache import clear_unused, key_of
 from loramux.registry.db import begin, reading
 from loramux.registry.parts import Parts
-from loramux.registry.tables import adapters, aliases, blobs, files, leases, versions
+from loramux.registry.tables import adapters, aliases, blobs, files, leases, lock_writers, versions
 from loramux.registry.types import CollectReport, FsckReport
 
 GRACE_S = 24 * 3600.0
@@ -65,14 +65,15 @@ def collect(parts: Parts, grace_s: float) -> CollectReport:
     num_blobs = num_bytes = 0
     while True:
         with begin(parts.database) as connection:
+            lock_writers(connection)
             connection.execute(delete(leases).where(leases.c.taken_at <= parts.clock() - grace_s))
             old = _free().where(blobs.c.touched_at <= parts.clock() - grace_s)
             rows = connection.execute(old.limit(BATCH)).all()
             for row in rows:
+                # The row first: where the connection is lost, and the lock with it, this fails and the bytes stay.
+                connection.execute(delete(blobs).where(blobs.c.sha256 == row.sha256))
                 parts.blobs.delete(row.sha256)
                 parts.step(f"removed {row.sha256}")
-            gone = [row.sha256 for row in rows]
-            connection.execute(delete(blobs).where(blobs.c.sha256.in_(gone)))
         num_blobs += len(rows)
         num_bytes += sum(row.num_bytes for row in rows)
         if len(rows) < BATCH:
@@ -106,6 +107,7 @@ def _tidy(parts: Parts, untracked: list[str], temporary: list[str], grace_s: flo
     for name in temporary:
         parts.blobs.discard(name)
     with begin(parts.database) as connection:
+        lock_writers(connection)
         connection.execute(delete(leases).where(leases.c.taken_at <= parts.clock() - grace_s))
         for sha256 in untracked:  # now known, and collected after the grace time if still unused
             known = select(blobs.c.sha256).where(blobs.c.sha256 == sha256)

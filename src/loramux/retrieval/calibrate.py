@@ -33,8 +33,8 @@ def abstain_threshold(
 ) -> Threshold:
     """Choose from best lexical scores of prompts whose adapter is in the pool and of prompts without one.
 
-    With both: the threshold with the largest sum of the shares that are treated rightly. Without `outside`: the one that
-    keeps the share `keep` of the inside.
+    With both: the threshold with the largest sum of the shares that are treated rightly. Without `outside`: the one
+    that keeps the share `keep` of the inside.
     """
     good = _scores(inside, "inside")
     if not 0.0 < keep <= 1.0:
@@ -48,7 +48,10 @@ def abstain_threshold(
     refused = (bad[:, None] < limits).mean(0)
     best = int(np.argmax(kept + refused))
     return Threshold(
-        float(limits[best]), float(kept[best]), float(refused[best]), separation(good, bad)
+        float(limits[best]),
+        float(kept[best]),
+        float(refused[best]),
+        separation(good.tolist(), bad.tolist()),
     )
 
 

@@ -120,7 +120,7 @@ def follow(retriever: Retriever, registry: Registry, caller: str | None = None) 
 def read_facts(
     connection: Connection, encoder_id: str | None, caller: str | None = None
 ) -> dict[str, Fact]:
-    """Everything that `latest` leads to and that has a profile, by ref; the encoder's own profile where there is one."""
+    """What `latest` leads to and has a profile, by ref; of several profiles the encoder's own."""
     readers = defaultdict(list)
     for adapter_id, tenant in connection.execute(select(shares.c.adapter_id, shares.c.tenant)):
         readers[adapter_id].append(tenant)

@@ -83,11 +83,13 @@ def fusion_id(digests: Sequence[str] | Mapping[str, object]) -> str:
 
 
 def _fused(parts: Sequence[Part], k: int, fold_scales: bool) -> Merged:
+    import torch
+
     from loramux.compose.parts import Merged
 
     rank = max(part.rank for part in parts)
-    a_RI = sum(_grown(part.a, rank) * _folded(part, fold_scales) for part in parts) / k
-    b_RO = sum(_grown(part.b, rank) * _folded(part, fold_scales) for part in parts) / k
+    a_RI = torch.stack([_grown(p.a, rank) * _folded(p, fold_scales) for p in parts]).sum(0) / k
+    b_RO = torch.stack([_grown(p.b, rank) * _folded(p, fold_scales) for p in parts]).sum(0) / k
     return Merged(a_RI, b_RO if fold_scales else parts[0].scale * b_RO)
 
 
@@ -106,8 +108,8 @@ def _check_scales(parts: Mapping[str, Sequence[Part]]) -> None:
         scales = sorted({part.scale for part in own})
         if len(scales) > 1:
             raise RetrievalError(
-                f"the adapters have different scales at {path}: {scales}; a mean of factors has one scale. Use Mixture, "
-                "or fold_scales=True to take sqrt(scale) into both factors",
+                f"the adapters have different scales at {path}: {scales}; a mean of factors has one scale. Use "
+                "Mixture, or fold_scales=True to take sqrt(scale) into both factors",
                 "unequal_scales",
             )
     if any(part.scale < 0 for own in parts.values() for part in own):

@@ -15,7 +15,8 @@ def check_centrality(entry: Entry, background: Background) -> None:
     found = background.centrality(direction)
     if found > background.central_limit:
         raise ProfileError(
-            f"the samples of {entry.id!r} are unlike any one task: their mean has a cosine of {found:.3f} to the middle "
-            f"of the pool, more than 99.9 % of adapters ({background.central_limit:.3f}); give samples of one task",
+            f"the samples of {entry.id!r} are unlike any one task: their mean has a cosine of {found:.3f} to the "
+            f"middle of the pool, more than 99.9 % of adapters ({background.central_limit:.3f}); "
+            "give samples of one task",
             "too_central",
         )

@@ -114,8 +114,8 @@ def check_entry(entry: Entry, encoder_id: str | None, dim: int | None) -> None:
         return  # lexical only, on either side
     if profile.encoder_id != encoder_id:
         raise ProfileError(
-            f"the profile of {entry.id!r} was made with the encoder {profile.encoder_id!r}, this index holds vectors of "
-            f"{encoder_id!r}; make the profile again from samples",
+            f"the profile of {entry.id!r} was made with the encoder {profile.encoder_id!r}, this index holds vectors "
+            f"of {encoder_id!r}; make the profile again from samples",
             "other_encoder",
         )
     if profile.dense.shape != (dim,):

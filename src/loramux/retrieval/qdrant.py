@@ -285,4 +285,6 @@ def _entry(payload: Any) -> Entry:
 
 def _overlap(a: Any, b: Any) -> float:
     left = dict(zip(a.indices, a.values, strict=True))
-    return sum(left.get(i, 0.0) * value for i, value in zip(b.indices, b.values, strict=True))
+    return float(
+        sum(left.get(i, 0.0) * value for i, value in zip(b.indices, b.values, strict=True))
+    )

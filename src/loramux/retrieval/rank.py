@@ -99,8 +99,8 @@ def _varied(
     ranking: Ranking,
     nearness: Callable[[Sequence[str]], Floats],
 ) -> list[int]:
-    near = None
-    if ranking.max_nearness is not None:
+    near, limit = None, ranking.max_nearness
+    if limit is not None:
         near = nearness([scored.id(i) for i in order])
     by_owner: dict[str, int] = {}
     chosen: list[int] = []
@@ -108,7 +108,7 @@ def _varied(
         owner = scored.owner(i)
         if ranking.per_owner is not None and by_owner.get(owner, 0) >= ranking.per_owner:
             continue
-        if near is not None and (near[place, chosen] > ranking.max_nearness).any():
+        if near is not None and limit is not None and (near[place, chosen] > limit).any():
             continue
         chosen.append(place)
         by_owner[owner] = by_owner.get(owner, 0) + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,15 @@ from loramux.retrieval.index import Entry
 from loramux.retrieval.profile import Profile
 from loramux.retrieval.text import NUM_BUCKETS, Floats, Ints, Sparse, unit
 
-Rows = NDArray[np.int64]
+Rows: TypeAlias = NDArray[np.int64]
+PLAIN = (
+    "buckets",
+    "values",
+    "seen",
+    "samples",
+    "seeds",
+    "lengths",
+)  # always there, one after the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +89,14 @@ class Segment:
     def joined(self, other: Segment) -> Segment:
         """Rows of this one, then rows of the other."""
 
-        def both(name: str) -> NDArray[np.generic]:
+        def both(name: str) -> Any:
             return np.concatenate([getattr(self, name), getattr(other, name)])
 
-        starts = np.concatenate([self.starts, self.starts[-1] + other.starts[1:]])
-        names = ("buckets", "values", "seen", "samples", "seeds")
-        dense = None if self.dense is None else both("dense")
-        return Segment(starts, *(both(n) for n in names), dense, both("lengths"))  # type: ignore[arg-type]
+        return Segment(
+            starts=np.concatenate([self.starts, self.starts[-1] + other.starts[1:]]),
+            dense=None if self.dense is None else both("dense"),
+            **{name: both(name) for name in PLAIN},
+        )
 
     def profile(self, row: int, encoder_id: str | None) -> Profile:
         """The profile as it was given, except for the rounding of the dense mean."""
@@ -123,7 +133,8 @@ class Segment:
         table[gains.buckets] = gains.values
         products = table[self.buckets[where]] * self.values[where]
         owner = np.repeat(np.arange(len(rows)), sizes)
-        return np.bincount(owner, products, len(rows))
+        sums: NDArray[np.float64] = np.bincount(owner, products, len(rows)).astype(np.float64)
+        return sums
 
     def _all_sums(self, gains: Sparse) -> NDArray[np.float64]:
         starts, rows, values = self._postings

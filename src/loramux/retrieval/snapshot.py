@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from loramux.retrieval.background import Background
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.segment import Segment
+from loramux.retrieval.segment import PLAIN, Segment
 from loramux.retrieval.view import Block, View
 
 if TYPE_CHECKING:
     from loramux.retrieval.exact import Similarity
 
 _FORMAT = 1
-_SEGMENT = ("starts", "buckets", "values", "seen", "samples", "seeds", "lengths")
+_SEGMENT = ("starts", *PLAIN)
 
 
 def write_snapshot(
@@ -84,10 +84,9 @@ def _view(arrays: dict[str, NDArray[Any]], facts: dict[str, Any]) -> View:
         facts["central_limit"],
     )
     ids = tuple(facts["ids"])
-    blocks = ()
+    blocks: tuple[Block, ...] = ()
     if ids:
-        parts = [arrays[name] for name in _SEGMENT]
-        segment = Segment(*parts[:-1], arrays.get("dense"), parts[-1])
+        segment = Segment(dense=arrays.get("dense"), **{name: arrays[name] for name in _SEGMENT})
         if len(segment) != len(ids):
             raise ValueError(f"{len(ids)} names for {len(segment)} rows")
         blocks = (Block.of(segment, 0, background),)

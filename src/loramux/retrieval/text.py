@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -48,7 +49,7 @@ def counts(text: str) -> Sparse:
     """How often each bucket occurs: words and pairs of neighbours."""
     found = words(text)
     grams = Counter(found)
-    grams.update(f"{a} {b}" for a, b in zip(found, found[1:], strict=False))
+    grams.update(f"{a} {b}" for a, b in pairwise(found))
     held: Counter[int] = Counter()
     for gram, count in grams.items():
         held[bucket_of(gram)] += count

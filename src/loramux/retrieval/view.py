@@ -197,7 +197,8 @@ class View:
 
 
 def _cosines(values: NDArray[np.floating]) -> Floats:
-    return np.clip(values, -1.0, 1.0).astype(np.float32)
+    found: Floats = np.clip(values, -1.0, 1.0).astype(np.float32)
+    return found
 
 
 def _marked(

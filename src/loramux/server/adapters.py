@@ -107,10 +107,11 @@ def router() -> APIRouter:
             )
             async with taken as form:
                 began = time.time()
-                version = await in_thread(lambda: _publish(services, config, caller, form))
+                version, notes = await in_thread(lambda: _publish(services, config, caller, form))
         is_new = version.created_at >= began
         headers = {**etag(version), "Location": f"/v1/adapters/{version.name}"}
-        return JSONResponse(adapter_view(version, caller), 201 if is_new else 200, headers)
+        view = {**adapter_view(version, caller), "notes": notes}
+        return JSONResponse(view, 201 if is_new else 200, headers)
 
     @routes.get("/{name}", summary="One adapter, or one version as NAME@VERSION")
     async def show(
@@ -161,7 +162,10 @@ def _check_room(services: Services, caller: Any, request: Request) -> None:
         services.tenancy.quotas.check_upload(caller, size, 1)
 
 
-def _publish(services: Services, config: ServerConfig, caller: Any, form: Form) -> Any:
+def _publish(
+    services: Services, config: ServerConfig, caller: Any, form: Form
+) -> tuple[Any, list[str]]:
+    """The version, and what the checks remarked."""
     from loramux.registry.checks import UploadLimits, check_upload
 
     unknown = sorted(set(form.fields) - set(FIELDS))
@@ -177,10 +181,8 @@ def _publish(services: Services, config: ServerConfig, caller: Any, form: Form) 
     provenance = _object(form, "provenance")
     profile = _profile(services, form)
     limits = UploadLimits(max_rank=config.uploads.max_rank, max_bytes=config.uploads.max_bytes)
-    with (
-        check_upload(_source(form), services.base, limits) as checked,
-        _room(services, caller, checked),
-    ):
+    taken = check_upload(_source(form), services.base, limits, staging=form.home)
+    with taken as checked, _room(services, caller, checked):
         kept = {} if profile is None or FOLLOWER not in services.extras else {"samples": profile}
         version = services.registry.publish(
             checked,
@@ -196,7 +198,7 @@ def _publish(services: Services, config: ServerConfig, caller: Any, form: Form) 
         audit(services, caller, "adapter.publish", version.ref, {"digest": version.digest})
     if profile is not None:
         remember(services, version, profile)
-    return version
+    return version, list(checked.notes)
 
 
 def _source(form: Form) -> Any:

@@ -51,7 +51,7 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
         services.weights = Weights(services.engine)
     services.loaded = LoadedAdapters(
         services.engine,
-        services.registry.folder if services.registry else None,
+        services.registry.folder if services.registry is not None else _no_adapters,
         limits.max_adapters,
     )
     app = FastAPI(
@@ -74,6 +74,10 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
     )
     check_routes(app)
     return app
+
+
+def _no_adapters(version: object) -> None:
+    raise AssertionError("a server without a registry has no adapters")
 
 
 @contextlib.asynccontextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from loramux.server.errors import ApiError, envelope, response_of
 from loramux.server.services import Services
@@ -49,7 +50,7 @@ class Outer:
             nonlocal is_started
             if message["type"] == "http.response.start":
                 is_started = True
-                if is_change:
+                if is_change and message["status"] < 400:
                     self.services.names.forget()  # before the client can ask for what it changed
                 message["headers"] = [
                     *message.get("headers", ()),
@@ -103,8 +104,8 @@ class Outer:
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
-                if seen > limit:
-                    raise refusal
+                if seen > limit:  # FastAPI lets only its own exception out of reading a body
+                    raise HTTPException(413, str(refusal))
             return message
 
         return counted

@@ -36,6 +36,11 @@ def build_services(config: ServerConfig) -> Services:
         shape = base_shape(folder)
         extras: dict[str, Any] = {}
         retriever = _retriever(config.retrieval, registry, shape, extras)
+        if config.retrieval.ramole_router is not None and retriever is not None:
+            from loramux.server.choosing import RAMOLE
+            from loramux.server.ramole import RamoleRouter
+
+            extras[RAMOLE] = RamoleRouter(config.retrieval.ramole_router)
         signer = open_issuer(config, data_folder(config), shape.digest)
         engine = _engine(config, folder)
         services = Services(

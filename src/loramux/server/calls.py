@@ -68,6 +68,8 @@ class Call:
             self.headers.update(self._reservation.headers())
             await services.weights.apply(caller)
         await self._stack.enter_async_context(services.loaded.pinned(self.plan.versions))
+        if self.plan.assembled is not None:
+            await self._stack.enter_async_context(self.plan.assembled.held(services))
 
     @property
     def most_tokens(self) -> int:

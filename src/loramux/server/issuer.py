@@ -84,7 +84,7 @@ class Issuer:
             prompt=prompt,
             parts=[
                 Part(version.ref, digest, weight)
-                for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
+                for version, (digest, weight) in zip(plan.versions, plan.mix, strict=not plan.assembled)
             ],
             base=self._base,
             router=_router(plan),
@@ -95,7 +95,8 @@ class Issuer:
 def _router(plan: Plan) -> Router | None:
     if plan.router is None:
         return None
-    digest = next((version.digest for version in plan.versions if version.ref == plan.router), "")
+    found = (version.digest for version in plan.versions if version.ref == plan.router)
+    digest = plan.router_digest or next(found, "")
     return Router(plan.router, digest)
 
 

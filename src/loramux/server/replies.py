@@ -7,6 +7,7 @@ from typing import Any
 
 from loramux.engine.request import Completion, TokenLogprob
 from loramux.server.calls import Call
+from loramux.server.resolve import Plan
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's choice
 
@@ -43,16 +44,23 @@ def ours(call: Call) -> dict[str, Any]:
     """The field `loramux` of a body or of the last chunk: what answered, why, and the receipt."""
     plan = call.plan
     said: dict[str, Any] = {
-        "adapters": [
-            {"ref": version.ref, "digest": digest, "weight": weight}
-            for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
-        ],
+        "adapters": _adapters(plan),
         "routing": plan.routing,
         "receipt": call.receipt,
     }
     if plan.router is not None:
         said["router"] = plan.router
     return said
+
+
+def _adapters(plan: Plan) -> list[dict[str, Any]]:
+    if plan.assembled is not None:  # the router weighs them for every token
+        found = plan.assembled.versions.items()
+        return [{"ref": v.ref, "digest": digest, "weight": None} for digest, v in found]
+    return [
+        {"ref": version.ref, "digest": digest, "weight": weight}
+        for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
+    ]
 
 
 # --- Log-probabilities ------------------------------------------------------------------------------

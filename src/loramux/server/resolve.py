@@ -28,8 +28,8 @@ class Plan:
     """What answers a call: `mix` is ((digest, weight), ...), empty for the base; `versions` are in the same order.
 
     `label` is what the reply calls it, with versions. `router`: the mixture or router that decides, as "tenant/name@3".
-    `retrieved`: what `auto` found; `routing`: that as JSON, for the reply and the receipt. `name`: what the engine is
-    asked for instead of `mix`, where the server assembled an adapter of its own.
+    `retrieved`: what `auto` found; `routing`: that as JSON, for the reply and the receipt. `assembled`: a set of adapters
+    that the server put under a router; `versions` is empty then, and `mix` has the set's name in the engine.
     """
 
     label: str
@@ -38,13 +38,12 @@ class Plan:
     router: str | None = None
     retrieved: Any = None
     routing: dict[str, Any] | None = field(default=None, hash=False)
-    name: str | None = None
+    router_digest: str | None = None
+    assembled: Any = None
 
     @property
     def adapter(self) -> Any:
         """As the engine's Request wants it."""
-        if self.name is not None:
-            return self.name
         if not self.mix:
             return None
         if len(self.mix) == 1 and self.mix[0][1] == 1.0:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loramux.engine.request import Answered, Completion, Delta, Request, TokenLogprob
+from loramux.engine.request import Answered, Completion, Delta, FinishReason, Request, TokenLogprob
 from loramux.errors import LoramuxError
 
 BASE_DIGEST = "0" * 64
@@ -129,8 +129,9 @@ class StubAnswer:
         word = "+".join(name[:8] for name, _ in request.mix) or "base"
         params = request.params
         tokens = list(word.encode())[: params.max_tokens]
-        reason = "length" if len(word.encode()) >= params.max_tokens else "stop"
+        reason: FinishReason = "length" if len(word.encode()) >= params.max_tokens else "stop"
         error, engine.fail = engine.fail, None
+        end: FinishReason = "error" if error else reason
         start = time.perf_counter()
         engine.running += 1
         try:
@@ -141,7 +142,7 @@ class StubAnswer:
                     yield Delta(
                         request_id=request_id, index=index, text=chr(token), token_ids=(token,),
                         logprobs=_logprobs(token, params.logprobs),
-                        finish_reason=("error" if error else reason) if is_last else None,
+                        finish_reason=end if is_last else None,
                         error=error if is_last else None,
                     )  # fmt: skip
             spent = time.perf_counter() - start
@@ -152,7 +153,7 @@ class StubAnswer:
             self.completions = [
                 Completion(
                     request_id=request_id, index=index, tenant=request.tenant, text=word[: len(tokens)],
-                    token_ids=tuple(tokens), finish_reason="error" if error else reason,
+                    token_ids=tuple(tokens), finish_reason=end,
                     answered=Answered(BASE_DIGEST, parts), prompt_tokens=len(prompt), error=error,
                     logprobs=tuple(lp for token in tokens for lp in _logprobs(token, params.logprobs)),
                     first_token_s=spent, total_s=spent,

@@ -6,6 +6,7 @@ said is never in a span: counts, digests and times are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from loramux.server.resolve import Plan
     from loramux.server.services import Outcome
 
+log = logging.getLogger(__name__)
 NAME = "loramux"
 OPERATIONS: Mapping[str, str] = {
     "/v1/chat/completions": "chat",
@@ -29,8 +31,14 @@ class Tracing:
     """An ASGI layer that opens a span per call, and an Observer that fills it in. `provider`: a TracerProvider."""
 
     def __init__(self, provider: Any = None) -> None:
+        # FastAPI brings the API without the SDK, and then every span is lost without a word.
+        require("opentelemetry.sdk.trace", "otel", "tracing")
         trace = require("opentelemetry.trace", "otel", "tracing")
         context = require("opentelemetry.trace.propagation.tracecontext", "otel", "tracing")
+        if provider is None and isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            log.warning(
+                "tracing is on and no exporter is set up; start with opentelemetry-instrument"
+            )
         self._kind, self._status = trace.SpanKind.SERVER, trace.Status
         self._error = trace.StatusCode.ERROR
         self._set_span = trace.set_span_in_context

@@ -34,8 +34,9 @@ STALE_S = 24 * 3600.0
 
 @dataclass
 class Form:
-    """What was sent. `files`: (field, file name as given, where it lies)."""
+    """What was sent. `files`: (field, file name as given, where it lies). `home`: gone with the form."""
 
+    home: Path
     fields: dict[str, str] = field(default_factory=dict)
     files: list[tuple[str, str, Path]] = field(default_factory=list)
     num_bytes: int = 0
@@ -125,7 +126,7 @@ class _Reader:
 
     def __init__(self, home: Path, boundary: bytes, max_bytes: int) -> None:
         self._home, self._max_bytes = home, max_bytes
-        self._form, self._part = Form(), _Part()
+        self._form, self._part = Form(home), _Part()
         self._file: BinaryIO | None = None
         self._header, self._value = bytearray(), bytearray()
         self._seen = self._num_parts = self._field_bytes = self._header_bytes = 0

@@ -25,8 +25,8 @@ from loramux.registry.db import clear_errors, reading
 from loramux.tenancy import tables
 from loramux.tenancy.caller import Caller
 from loramux.tenancy.errors import AuthError
+from loramux.tenancy.records import Tenant, as_tenant
 from loramux.tenancy.secret import hash_of, key_id_of
-from loramux.tenancy.tenants import Tenant, as_tenant
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +82,11 @@ class KeyCache:
         return entry.caller
 
     def look_again(self) -> None:
-        """Something was changed here: the next request sees it."""
-        self._asked_at = -float("inf")
+        """Something was changed here: every request from now on sees it."""
+        # Under the lock: another thread may be half-way through a look that began before the change.
+        with self._lock:
+            self._asked_at = self._clock()
+            self._ask(self._asked_at)
 
     def tenants(self) -> Mapping[str, Tenant]:
         """All tenants as of the last look, by name."""

@@ -18,8 +18,9 @@ from loramux.tenancy.audit import Audit
 from loramux.tenancy.cache import KeyCache
 from loramux.tenancy.caller import Caller, check_scopes
 from loramux.tenancy.errors import TenancyError
+from loramux.tenancy.records import coded
+from loramux.tenancy.records import get as get_tenant
 from loramux.tenancy.secret import hash_of, new_secret
-from loramux.tenancy.tenants import get as get_tenant
 
 MAX_LABEL = 200
 OVERLAP_S = 24 * 3600.0  # ours: a day to put the new key everywhere
@@ -183,11 +184,10 @@ def as_key(row: Mapping[str, Any]) -> Key:
 def _get(connection: Connection, key_id: str) -> Key:
     row = connection.execute(select(tables.keys).where(tables.keys.c.id == key_id)).first()
     if row is None:
-        error = TenancyError(
-            f"there is no key {key_id!r:.40}; give the id that `loramux key list` shows"
+        raise coded(
+            "key_not_found",
+            f"there is no key {key_id!r:.40}; give the id that `loramux key list` shows",
         )
-        error.code = "key_not_found"
-        raise error
     return as_key(row._mapping)
 
 

@@ -92,14 +92,13 @@ def decide(
     # Scope first: who may not ask at all learns nothing about names.
     if rule.touches is None or owner is None or owner == caller.tenant:
         return ALLOW
-    if not is_shared:
-        return MISSING
-    return ALLOW if rule.touches == "read" else FORBIDDEN
+    # Routes that write know only the caller's own names: what is shared may be read.
+    return ALLOW if is_shared and rule.touches == "read" else MISSING
 
 
 def check_routes(app: Any, policy: Mapping[tuple[str, str], Rule] = POLICY) -> None:
     """Every route has a rule and every rule a route, or PolicyError. `app`: a FastAPI or Starlette application."""
-    served = set(_routes_of(app.routes))
+    served = set(_all_of(app.router))
     wild = sorted(f"{method} {path}" for method, path in served if (method, path) not in policy)
     idle = sorted(f"{method} {path}" for method, path in policy if (method, path) not in served)
     problems = []
@@ -113,6 +112,11 @@ def check_routes(app: Any, policy: Mapping[tuple[str, str], Rule] = POLICY) -> N
 
 def _routes_of(routes: Iterable[Any], prefix: str = "") -> Iterable[tuple[str, str]]:
     for route in routes:
+        # Newer FastAPI keeps an included router as one entry, which holds the router and the prefix it was given.
+        held = getattr(route, "original_router", None)
+        if held is not None:
+            yield from _all_of(held, prefix + route.include_context.prefix)
+            continue
         path = prefix + getattr(route, "path", "")
         methods = getattr(route, "methods", None)
         inner = getattr(route, "routes", None)
@@ -122,3 +126,9 @@ def _routes_of(routes: Iterable[Any], prefix: str = "") -> Iterable[tuple[str, s
             yield from _routes_of(inner, path)
         else:  # a websocket, a mount of a foreign application: nothing that has a rule
             yield (type(route).__name__.upper(), path)
+
+
+def _all_of(router: Any, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Also what is asked last: newer FastAPI keeps it in a list of its own."""
+    yield from _routes_of(router.routes, prefix)
+    yield from _routes_of(getattr(router, "_low_priority_routes", ()), prefix)

@@ -30,11 +30,11 @@ class Tenancy:
         audit: Audit,
         wall: Callable[[], float],
     ):
-        self._engine, self._wall = engine, wall
+        self.database, self._wall = engine, wall
         self.cache = cache
         self.quotas = quotas
         self.audit = audit
-        self.tenants = Tenants(engine, audit, wall=wall)
+        self.tenants = Tenants(engine, audit, cache, wall=wall)
         self.keys = Keys(engine, audit, cache, wall=wall)
 
     @classmethod
@@ -61,7 +61,7 @@ class Tenancy:
             return
         day = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%d")
         try:
-            with begin(self._engine) as connection:
+            with begin(self.database) as connection:
                 for tenant, used in sorted(taken.items()):
                     _add(connection, tenant, day, used)
         except BaseException:
@@ -75,7 +75,7 @@ class Tenancy:
         query = query.where(table.c.tenant == tenant)
         if day is not None:
             query = query.where(table.c.day == day)
-        with reading(self._engine) as connection:
+        with reading(self.database) as connection:
             requests, tokens = connection.execute(query).one()
         return Usage(int(requests or 0), int(tokens or 0))
 

@@ -4,50 +4,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Engine, insert, select, update
 
-from loramux.errors import suggest
 from loramux.registry.db import begin, reading
 from loramux.registry.names import check_tenant
 from loramux.tenancy import tables
 from loramux.tenancy.audit import Audit
+from loramux.tenancy.cache import KeyCache
 from loramux.tenancy.caller import Limits, check_weight
-from loramux.tenancy.errors import TenancyError
+from loramux.tenancy.records import Tenant, as_tenant, coded, find, get
 from loramux.tenancy.secret import new_salt
-
-
-@dataclass(frozen=True)
-class Tenant:
-    """salt: random, part of every cached prefix of the tenant; shown to nobody."""
-
-    name: str
-    weight: float
-    limits: Limits
-    created_at: float
-    disabled_at: float | None
-    salt: str = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "weight": self.weight,
-            "limits": self.limits.to_dict(),
-            "created_at": self.created_at,
-            "disabled_at": self.disabled_at,
-        }
 
 
 class Tenants:
     """Created and changed, never deleted: old receipts and audit entries name them."""
 
     def __init__(
-        self, engine: Engine, audit: Audit, *, wall: Callable[[], float] = time.time
+        self,
+        engine: Engine,
+        audit: Audit,
+        cache: KeyCache,
+        *,
+        wall: Callable[[], float] = time.time,
     ) -> None:
-        self._engine, self._audit, self._wall = engine, audit, wall
+        self._engine, self._audit, self._cache, self._wall = engine, audit, cache, wall
 
     def create(
         self, name: str, *, weight: float = 1.0, limits: Limits | None = None, actor: str
@@ -59,7 +43,7 @@ class Tenants:
         with begin(self._engine) as connection:
             changed = tables.bump(connection)
             if find(connection, name) is not None:
-                raise _coded("tenant_exists", f"tenant {name!r} exists; choose another name")
+                raise coded("tenant_exists", f"tenant {name!r} exists; choose another name")
             row = {"name": tenant.name, "salt": tenant.salt, "created_at": tenant.created_at}
             values = {**row, **_changeable(tenant), "changed": changed}
             connection.execute(insert(tables.tenants).values(**values))
@@ -101,37 +85,10 @@ class Tenants:
             connection.execute(update(tables.tenants).where(where).values(**row))
             detail = {key: value for key, value in tenant.to_dict().items() if key in values}
             self._audit.write(connection, actor, action, name, detail)
+        self._cache.look_again()
         return tenant
-
-
-def find(connection: Connection, name: str) -> Tenant | None:
-    rows = connection.execute(select(tables.tenants).where(tables.tenants.c.name == name))
-    row = rows.first()
-    return None if row is None else as_tenant(row._mapping)
-
-
-def get(connection: Connection, name: str) -> Tenant:
-    tenant = find(connection, name)
-    if tenant is None:
-        names = list(connection.execute(select(tables.tenants.c.name).limit(50)).scalars())
-        hint = suggest(name, names) if names else "there are none yet"
-        raise _coded("tenant_not_found", f"there is no tenant {name!r}; {hint}")
-    return tenant
-
-
-def as_tenant(row: Mapping[str, Any]) -> Tenant:
-    limits = Limits.from_dict(json.loads(row["limits"]))
-    return Tenant(
-        row["name"], row["weight"], limits, row["created_at"], row["disabled_at"], row["salt"]
-    )
 
 
 def _changeable(tenant: Tenant) -> dict[str, Any]:
     limits = json.dumps(tenant.limits.to_dict(), sort_keys=True)
     return {"weight": tenant.weight, "limits": limits, "disabled_at": tenant.disabled_at}
-
-
-def _coded(code: str, message: str) -> TenancyError:
-    error = TenancyError(message)
-    error.code = code
-    return error

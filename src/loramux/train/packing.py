@@ -75,7 +75,8 @@ def _logits(model: nn.Module, samples: Sequence[Example]) -> Tensor:
     packing = len(samples) > 1
     batch = collate(samples, 0, packing=packing, max_len=TRIAL_TOKENS * len(samples))
     inputs = forward_inputs(batch, next(model.parameters()).device)
-    return model(**inputs, use_cache=False).logits[0, -TRIAL_TOKENS:].double()
+    logits: Tensor = model(**inputs, use_cache=False).logits[0, -TRIAL_TOKENS:]
+    return logits.double()
 
 
 def _distance(one_TV: Tensor, two_TV: Tensor) -> float:

@@ -38,6 +38,7 @@ OWN = (
     "checkpoints",
     "edits.json",
     "history.json",
+    "journal.jsonl",
     "probe",
     "routing.jsonl",
     "setting.json",
@@ -75,15 +76,20 @@ def train_recipe(
     if done is not None:
         log.info("%s: this run is complete; nothing to do", out)
         return done
+    listeners = [*_displays(out, progress, board), *callbacks]
     try:
         jobs = with_settings(jobs, out, progress=progress, board=board)
-        trainer = build_trainer(jobs, out, resume, [*_displays(out, progress, board), *callbacks])
+        trainer = (
+            build_trainer(jobs, out, resume, listeners)
+            if recipe.joint is None
+            else build_joint_trainer(recipe, jobs, out, resume, listeners)
+        )
     except ValueError:
         if is_new:  # a recipe that is put right must not be another run
             (out / RUN).unlink()
             (out / SETTING).unlink(missing_ok=True)
         raise
-    with _stopped_by_signals(trainer) as was_stopped:
+    with _stopped_by_signals(trainer) as was_stopped, trainer.listening():
         results = trainer.run()
     if was_stopped() and any(result.status == "running" for result in results):
         log.info("interrupted; the same command with resume goes on after step %d", trainer.round)
@@ -107,6 +113,26 @@ def build_trainer(
     model = read_base(jobs[0])
     handle = attach_jobs(model, jobs)
     return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)
+
+
+def build_joint_trainer(
+    recipe: Recipe,
+    jobs: Sequence[JobRecipe],
+    out: Path,
+    resume: bool,
+    listeners: Sequence[Listener],
+) -> Trainer:
+    """The same for jobs that share model calls, with what lets further ones in while it runs."""
+    from loramux.train.joint.run import joint_trainer
+
+    assert recipe.joint is not None
+    tokenizer = read_tokenizer(jobs[0])
+    built = [build_job(job, tokenizer) for job in jobs]
+    model = read_base(jobs[0])
+    handle = attach_jobs(model, jobs)
+    return joint_trainer(
+        recipe, built, model, handle, tokenizer, out=out, resume=resume, listeners=listeners
+    )
 
 
 def read_tokenizer(job: JobRecipe) -> Any:
@@ -158,6 +184,7 @@ def build_job(job: JobRecipe, tokenizer: Any) -> Job:
         pad_token_id=pad,
         packing=data.packing,
         sequence_len=data.sequence_len,
+        priority=job.priority,
     )
 
 
@@ -169,15 +196,29 @@ def attach_jobs(model: Any, jobs: Sequence[JobRecipe]) -> Handle:
 
     handle: Handle | None = None
     for job in jobs:
-        config = loramux.config_from_dict({"name": job.method.name, **job.method.fields})
+        if handle is not None:
+            add_job(handle, job)
+            continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            if handle is None:
-                handle = loramux.attach(model, config, name=job.name)
-            else:
-                handle.add(config, name=job.name)
+            handle = loramux.attach(model, _config_of(job), name=job.name)
     assert handle is not None
     return handle
+
+
+def add_job(handle: Handle, job: JobRecipe) -> None:
+    """One more adapter."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        handle.add(_config_of(job), name=job.name)
+
+
+def _config_of(job: JobRecipe) -> Any:
+    import loramux
+
+    return loramux.config_from_dict({"name": job.method.name, **job.method.fields})
 
 
 def summary(out: Path, results: Sequence[JobResult], seconds: float) -> dict[str, Any]:
@@ -206,7 +247,10 @@ def _claim(out: Path, jobs: Sequence[JobRecipe], resume: bool) -> None:
         raise CheckpointError(f"{out} is a file; give a folder")
     # Neither changes what is trained, so a run may go on with other values.
     resolved = [
-        job.model_dump(mode="json", exclude={"threads": True, "training": {"save_every"}})
+        job.model_dump(
+            mode="json",
+            exclude={"threads": True, "training": {"save_every"}, "priority": True, "out": True},
+        )
         for job in jobs
     ]
     now = {"jobs": {job["name"]: job for job in resolved}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +119,10 @@ class Trainer:
     def _is_open(self) -> bool:
         """Whether there is, or may come, anything to train."""
         return any(runner.is_running for runner in self.runners)
+
+    def listening(self) -> AbstractContextManager[object]:
+        """Open, while the run goes on, whatever else may speak to it; here nothing."""
+        return nullcontext()
 
     def stop(self) -> None:
         """End after the current round; a resumable state is written first."""
@@ -294,7 +298,10 @@ class Trainer:
         before, active = self.model.training, self.handle.dispatch.active
         with ExitStack() as stack:
             stack.enter_context(self.forward.hooked())
-            stack.callback(self.handle.use, active)
+            # An adapter may be taken off when its job has ended.
+            stack.callback(
+                lambda: self.handle.use(active if active in self.handle.adapters else None)
+            )
             stack.callback(self.model.train, before)
             if any(runner.job.training.gradient_checkpointing for runner in self.runners):
                 model: Any = self.model

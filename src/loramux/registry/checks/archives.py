@@ -12,6 +12,7 @@ import io
 import os
 import stat
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ class _Archive:
                 with _zip(file, size) as parcel:
                     yield _zip_members(parcel, limits)
             elif start[:2] == b"\x1f\x8b":
-                with open(scratch / "stream.tar", "x+b") as plain:
+                with tempfile.TemporaryFile(dir=scratch) as plain:
                     _gunzip(file, plain, size, limits)
                     yield _tar_members(plain, limits)
             elif start[257:262] == b"ustar" or _is_old_tar(start):

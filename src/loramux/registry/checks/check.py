@@ -58,20 +58,16 @@ def check_upload(
 
     staging: an existing folder to copy to (default: the system's temporary one); give one on the disk of the store.
     """
-    own = Path(tempfile.mkdtemp(prefix="upload-", dir=staging))
+    folder = Path(tempfile.mkdtemp(prefix="upload-", dir=staging))
     try:
-        folder, scratch = own / "adapter", own / "scratch"
-        folder.mkdir()
-        scratch.mkdir()
         try:
-            staged = stage(source, folder, scratch, limits)
-            shutil.rmtree(scratch)
+            staged = stage(source, folder, limits)
             checked = _check(staged, base, limits)
         except FormatError as error:
             raise as_upload_error(error, folder) from None
         yield checked
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def as_upload_error(error: FormatError, folder: Path) -> UploadError:

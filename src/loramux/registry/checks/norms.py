@@ -23,7 +23,7 @@ def relative_norms(
     """Module path -> norm of its update over that of its weight, or the norm itself where the base's is not known."""
     scaling = site_scaling(config, {path: site.rank for path, site in sites.items()})
     return {
-        path: scaling[path][2] * update_norm(site) / (base.norms.get(path) or 1.0)
+        path: abs(scaling[path][2]) * update_norm(site) / (base.norms.get(path) or 1.0)
         for path, site in sites.items()
     }
 

@@ -55,10 +55,10 @@ def check_plain(
     _check_spelling(raw)
     sites: dict[str, SiteTensors] = collect_sites(raw, WEIGHTS_NAME)  # type: ignore[arg-type]
     _check_modules(sites, base)
+    _check_patterns(config, sites)
     check_sites(config, sites, "the adapter")
     _check_shapes(sites, base)
     _check_ranks(sites, limits)
-    _check_patterns(config, sites)
     if not is_expert:
         _check_targets(config, sites, base)
         refuse_no_op(sites, "the adapter")

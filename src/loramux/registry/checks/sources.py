@@ -41,7 +41,7 @@ class Source(Protocol):
     def members(
         self, limits: UploadLimits, scratch: Path
     ) -> contextlib.AbstractContextManager[list[Member]]:
-        """Every member; `scratch` is an empty folder to unpack a stream to."""
+        """Every member; `scratch` is a folder for files without a name."""
 
 
 def from_folder(path: str | os.PathLike[str]) -> Source:

@@ -59,9 +59,9 @@ class Staged:
         return any(file.path == MIXTURE_NAME for file in self.files)
 
 
-def stage(source: Source, folder: Path, scratch: Path, limits: UploadLimits) -> Staged:
+def stage(source: Source, folder: Path, limits: UploadLimits) -> Staged:
     """Copy the files of an adapter to `folder`, which is empty; everything else is refused or left out."""
-    with source.members(limits, scratch) as members:
+    with source.members(limits, folder) as members:
         chosen, ignored = choose(members)
         left = limits.max_bytes
         files = []

@@ -32,7 +32,11 @@ def router() -> APIRouter:
         config = request.app.state.config
         found = await services.names.visible(caller, services.base_digest)
         # In order of their names, so that a page follows the one before whatever is published meanwhile.
-        cards = [_card(version, config.name) for version in sorted(found.by_ref.values(), key=_order)]
+        own = caller.tenant
+        cards = [
+            _card(version, config.name, own)
+            for version in sorted(found.by_ref.values(), key=_order)
+        ]
         data = [_base_card(request), *cards]
         if after is not None:
             places = [place for place, card in enumerate(data) if card["id"] == after]
@@ -52,7 +56,7 @@ def router() -> APIRouter:
             return _base_card(request)
         if model == AUTO or services.registry is None or len(model) > 2048:
             raise unknown_model(model)
-        return _card(await version_of(services, model, caller), config.name)
+        return _card(await version_of(services, model, caller), config.name, caller.tenant)
 
     return routes
 
@@ -75,9 +79,11 @@ def _base_card(request: Request) -> dict[str, Any]:
     }
 
 
-def _card(version: Any, base_name: str) -> dict[str, Any]:
+def _card(version: Any, base_name: str, own: str) -> dict[str, Any]:
+    """An own adapter has the plain name, as whoever loaded it by vLLM's call looks for it."""
+    is_plain = version.tenant == own and version.name != base_name
     return {
-        "id": f"{version.tenant}/{version.name}",
+        "id": version.name if is_plain else f"{version.tenant}/{version.name}",
         "object": "model",
         "created": int(version.created_at),
         "owned_by": version.tenant,

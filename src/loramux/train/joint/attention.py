@@ -137,7 +137,8 @@ def attend_by_rows(
 
 def _unflatten(part_1HND: Tensor, shape: tuple[int, int]) -> Tensor:
     """[B, H, T, D] of one job's [1, H, B * T, D]; a view."""
-    return part_1HND[0].unflatten(1, shape).transpose(0, 1)
+    part: Tensor = part_1HND[0].unflatten(1, shape)
+    return part.transpose(0, 1)
 
 
 def _own_attention(module: nn.Module, name: str) -> Any:

@@ -79,6 +79,7 @@ class Journal:
         self.rows.append((number, command))
         if self.path is None:
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"round": number, **asdict(command)}, ensure_ascii=False) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
@@ -88,7 +89,8 @@ class Journal:
 
 def _read(path: Path) -> list[tuple[int, Command]]:
     """All whole lines; a last one that was cut short was not obeyed either, so it is taken off."""
-    rows, kept = [], []
+    rows: list[tuple[int, Command]] = []
+    kept: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)

@@ -48,7 +48,8 @@ class RoundRobin:
         order = sorted(ready, key=lambda job: (-job.priority, job.last_round, job.arrival))
         if self.max_tokens is None:
             return [job.name for job in order]
-        picked, room = [], self.max_tokens
+        picked: list[str] = []
+        room = self.max_tokens
         for job in order:
             if job.tokens <= room or not picked:
                 picked.append(job.name)

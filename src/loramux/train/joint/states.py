@@ -125,6 +125,7 @@ def _restore_one(trainer: JointTrainer, row: Mapping[str, Any], groups: Mapping[
     if row["result"] is None:
         assert entry.runner is not None
         entry.runner.restore(row["state"], groups)
+        entry.from_step = entry.runner.state.step
         return
     if entry.runner is not None:
         trainer.leave(entry)

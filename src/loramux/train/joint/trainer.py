@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,10 @@ Load = Callable[[Any], Job]  # puts the adapter of a job's recipe on the handle
 
 @dataclass(eq=False)
 class Entry:
-    """A job in the run. runner: None once it has ended and its adapter is written; result: then how it ended."""
+    """A job in the run. runner: None once it has ended and its adapter is written; result: then how it ended.
+
+    since, from_step: when and where it began in this process.
+    """
 
     name: str
     arrival: int
@@ -53,6 +57,8 @@ class Entry:
     last_round: int = 0
     is_paused: bool = False
     result: JobResult | None = None
+    since: float = field(default_factory=time.monotonic)
+    from_step: int = 0
 
     @property
     def is_open(self) -> bool:
@@ -146,6 +152,9 @@ class JointTrainer(Trainer):
         """Never: others may come."""
         return False
 
+    def listening(self) -> AbstractContextManager[object]:
+        return self.inbox if isinstance(self.inbox, AbstractContextManager) else nullcontext()
+
     # --- One round --------------------------------------------------------------------------------
 
     def _is_open(self) -> bool:
@@ -155,7 +164,7 @@ class JointTrainer(Trainer):
     def _round(self) -> None:
         self._obey()
         while not (ready := self._ready()):
-            if self._stop or not self._is_open() or self.round < self.replayed:
+            if self._stop or not self._is_open() or self.round <= self.replayed:
                 return
             time.sleep(POLL_SECONDS)
             self._obey()

@@ -1,6 +1,10 @@
-"""A clock that tests turn by hand."""
+"""A clock that tests turn by hand, and the mark of claims about the database that hold on both kinds."""
 
 from __future__ import annotations
+
+import pytest
+
+both = pytest.mark.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 
 
 class Clock:

@@ -1,0 +1,100 @@
+"""A joint run from a recipe: its trainer, queue folder and socket, and adapters copied to where jobs want them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loramux.errors import RecipeError
+from loramux.recipe import JobRecipe, Recipe, load_job
+from loramux.train.events import Listener
+from loramux.train.job import Job
+from loramux.train.joint.control import Control
+from loramux.train.joint.queue import QUEUE, QueueFolder
+from loramux.train.joint.schedule import RoundRobin
+from loramux.train.joint.table import rows
+from loramux.train.joint.trainer import JointTrainer
+from loramux.train.probe import needs_probe
+from loramux.train.run import add_job, build_job
+
+if TYPE_CHECKING:
+    from loramux.api import Handle
+    from loramux.train.trainer import Trainer
+
+SHARED = ("base", "dtype")  # of all jobs of a run
+
+
+class Copies(Listener):
+    """Puts a copy of a finished adapter where its job said."""
+
+    def __init__(self, wanted: dict[str, Path]):
+        self.wanted = wanted
+
+    def stopped(self, trainer: Trainer, job: str, status: str, reason: str) -> None:
+        assert trainer.out is not None
+        source = trainer.out / job / "adapter"
+        target = self.wanted.get(job)
+        if target is not None and source.is_dir():
+            part = target.with_name(f".{target.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(source, part)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(part, target)
+
+
+def joint_trainer(
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    model: Any,
+    handle: Handle,
+    tokenizer: Any,
+    *,
+    out: Path,
+    resume: bool,
+    listeners: Sequence[Listener],
+) -> JointTrainer:
+    """The trainer of the recipe's jobs, with what lets further ones in while it runs."""
+    assert recipe.joint is not None
+    first = recipe.jobs_resolved()
+    wanted = {job.name: Path(job.out) for job in first if job.out}
+
+    def read(path: Path) -> JobRecipe:
+        job = load_job(path, recipe)
+        other = [key for key in SHARED if getattr(job, key) != getattr(first[0], key)]
+        if other:
+            raise RecipeError(
+                f"{path}: {other[0]} must be that of the run, all jobs share one base"
+            )
+        if needs_probe([job]):
+            raise RecipeError(
+                f"{path}: {job.method.name} trains a probe first, which a run that goes on cannot; start it by itself"
+            )
+        return job
+
+    def load(value: Any) -> Job:
+        job = JobRecipe.model_validate(value)
+        if job.out:
+            wanted[job.name] = Path(job.out)
+        built = build_job(job, tokenizer)
+        add_job(handle, job)
+        return built
+
+    control = Control(
+        out, lambda: rows(trainer), [QueueFolder(out / QUEUE, read)], recipe.joint.stay
+    )
+    trainer = JointTrainer(
+        model,
+        handle,
+        jobs,
+        out=out,
+        resume=resume,
+        listeners=[*listeners, Copies(wanted)],
+        scheduler=RoundRobin(recipe.joint.round_tokens),
+        max_tokens=recipe.joint.max_tokens,
+        inbox=control,
+        load=load,
+    )
+    return trainer

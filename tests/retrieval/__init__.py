@@ -1,0 +1,1 @@
+"""Retrieval: profiles, indexes, ranking, persistence, and what is done with the hits."""

@@ -1,0 +1,306 @@
+"""Receipts against the weights themselves: replays, mixed batches, and aliases that move under load."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi.testclient import TestClient
+
+from loramux.cli.main import main
+from loramux.engine.aio import AsyncEngine
+from loramux.engine.engine import Engine
+from loramux.registry import Registry
+from loramux.server.app import create_app
+from loramux.server.issuer import Issuer
+from loramux.server.receipts import ReceiptError, parse, token_digest, verify
+from loramux.server.replay import check_registry, replay
+from loramux.server.services import Services
+from loramux.server.signing import Signer
+from server.bases import World, make_world
+from server.rig import LOCAL, config
+
+FLIPS = int(os.environ.get("LORAMUX_FLIPS", "50"))
+CLIENTS = 6
+PROMPT = [7, 20, 33, 41]
+SIZES = {"kv_memory": "4MiB", "adapter_memory": "64MiB", "slot_memory": "64MiB"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("registry")
+
+
+@pytest.fixture(scope="module")
+def registry(world: World, home: Path) -> Iterator[Registry]:
+    with Registry.open(home) as registry:
+        for name in ("law", "tone"):
+            for version in range(2):
+                world.publish(registry, name, version)
+        yield registry
+
+
+@pytest.fixture(scope="module")
+def services(world: World, registry: Registry, home: Path) -> Iterator[Services]:
+    engine = Engine(str(world.base), **SIZES)
+    front = AsyncEngine(engine)
+    signer = Signer.open(home / "server" / "receipts")
+    yield Services(
+        engine=front, registry=registry, tokenizer=engine.tokenizer, base=world.shape,
+        max_length=engine.max_length, signer=Issuer(signer, world.shape.digest),
+    )  # fmt: skip
+    asyncio.run(front.shutdown(finish=False))
+
+
+@pytest.fixture(scope="module")
+def app(services: Services) -> Any:
+    return create_app(config(), services)
+
+
+@pytest.fixture(scope="module")
+def again(world: World) -> Iterator[Engine]:
+    """Another engine over the same base, as whoever checks a receipt has one."""
+    with Engine(str(world.base), **SIZES) as engine:
+        yield engine
+
+
+def ask(app: Any, model: str, prompt: Any = PROMPT, **more: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, **more}
+    reply = TestClient(app, base_url=LOCAL).post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    found: dict[str, Any] = reply.json()
+    return found
+
+
+def all_right(checks: list[Any]) -> bool:
+    return bool(checks) and all(check.is_right for check in checks)
+
+
+# --- Replays ----------------------------------------------------------------------------------------
+
+
+def test_a_greedy_reply_runs_again_to_the_same_tokens(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    for model in ("pico", "law", "law@1", "law*0.7+tone*0.3", "tone@2"):
+        receipt = parse(ask(app, model))
+        checks = replay(receipt, [PROMPT], again, registry)
+        assert all_right(checks) and len(checks) == 3, (model, checks)
+        assert all(check.is_right for check in check_registry(receipt, registry))
+
+
+def test_several_prompts_stops_and_penalties_run_again(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    prompts = [[5, 6, 7], [30, 31]]
+    reply = ask(
+        app, "law*0.1+tone*0.1", prompts, n=2, max_tokens=12, stop=["e", "a"],
+        repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=2,
+    )  # fmt: skip
+    checks = replay(parse(reply), prompts, again, registry)
+    assert len(checks) == 12 and all_right(checks)
+
+
+def test_a_chat_runs_again_from_its_messages(
+    app: Any, again: Engine, registry: Registry, home: Path, world: World, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    body = {
+        "model": "law", "messages": [{"role": "user", "content": "hi you"}], "max_tokens": 5,
+        "temperature": 0,
+    }  # fmt: skip
+    reply = TestClient(app, base_url=LOCAL).post("/v1/chat/completions", json=body)
+    files = {"reply.json": reply.text, "prompt.json": json.dumps(body), "other.json": '"hi"'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    given = ["verify", str(tmp_path / "reply.json"), "--registry", str(home)]
+    more = ["--replay", "--base", str(world.base), "--prompt"]
+    assert main([*given, *more, str(tmp_path / "prompt.json"), "--json", "-"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["is_right"] and [check["is_right"] for check in result["checks"]] == [True] * 5
+    assert main([*given, *more, str(tmp_path / "other.json")]) == 2
+    assert "is not the one that was answered" in capsys.readouterr().err
+
+
+def test_verify_needs_to_know_whose_signature(
+    app: Any, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = ask(app, "law")
+    keys = TestClient(app, base_url=LOCAL).get("/v1/receipts/key").text
+    Signer.open(tmp_path / "stranger")
+    stranger = next((tmp_path / "stranger" / "public").iterdir())
+    (tmp_path / "reply.json").write_text(json.dumps(reply))
+    (tmp_path / "keys.json").write_text(keys)
+    given = ["verify", str(tmp_path / "reply.json")]
+    assert main(given) == 2
+    assert main([*given, "--server-key", str(tmp_path / "keys.json")]) == 0
+    assert main([*given, "--server-key", str(stranger)]) == 2
+    assert "is not among the 1 given" in capsys.readouterr().err
+    reply["loramux"]["receipt"]["debit"] += 1
+    (tmp_path / "reply.json").write_text(json.dumps(reply))
+    assert main([*given, "--server-key", str(tmp_path / "keys.json")]) == 2
+
+
+def test_what_cannot_be_replayed_says_why(app: Any, again: Engine, registry: Registry) -> None:
+    sampled = parse(ask(app, "law", temperature=1, seed=1))
+    greedy = parse(ask(app, "law"))
+    for receipt, prompts, code in (
+        (sampled, [PROMPT], "not_replayable"),
+        (greedy, [PROMPT[:-1]], "prompt_mismatch"),
+        (greedy, [], "prompt_mismatch"),
+    ):
+        with pytest.raises(ReceiptError) as caught:
+            replay(receipt, prompts, again, registry)
+        assert caught.value.code == code
+
+
+def test_other_tokens_other_weights_and_another_base_are_found_out(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    receipt = parse(ask(app, "law"))
+    other = parse(ask(app, "tone"))
+
+    def with_answer(**changed: Any) -> Any:
+        [answer] = receipt.answers
+        return replace(receipt, body={**receipt.body, "answers": [{**answer, **changed}]})
+
+    lies = {
+        "tokens": with_answer(completions=other.answers[0]["completions"]),
+        "contents": with_answer(
+            parts=[{**receipt.answers[0]["parts"][0], "content": other.answers[0]["parts"][0]["content"]}]
+        ),
+        "base": with_answer(base="f" * 64),
+    }  # fmt: skip
+    for what, lie in lies.items():
+        wrong = [c.what for c in replay(lie, [PROMPT], again, registry) if not c.is_right]
+        assert wrong == [f"answer 0, sample 0: {what}"]
+    moved = with_answer(parts=[{**receipt.answers[0]["parts"][0], "ref": "local/law@7"}])
+    assert [check.is_right for check in check_registry(moved, registry)] == [False]
+
+
+def test_a_registry_that_lost_or_damaged_the_bytes_is_found_out(
+    app: Any, again: Engine, world: World, tmp_path: Path
+) -> None:
+    receipt = parse(ask(app, "law"))
+    with Registry.open(tmp_path) as other:
+        assert [check.is_right for check in check_registry(receipt, other)] == [False]
+        for version in range(2):
+            world.publish(other, "law", version)
+        assert all_right(check_registry(receipt, other))
+        for path in sorted((tmp_path / "blobs").rglob("*")):
+            if path.is_file() and path.stat().st_size > 2000:
+                path.chmod(0o600)
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.write_bytes(data)
+        assert [check.is_right for check in check_registry(receipt, other)] == [False]
+
+
+# --- Under load -------------------------------------------------------------------------------------
+
+
+def test_receipts_of_a_mixed_batch_name_the_true_digests(
+    app: Any, services: Services, again: Engine, registry: Registry
+) -> None:
+    models = ["pico", "law", "tone", "law@1", "tone@1", "law*0.6+tone*0.4", "tone*0.2+law*0.8"] * 3
+    bodies = [
+        {"model": model, "prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        for model in models
+    ]
+
+    async def run() -> list[Any]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url=LOCAL) as http:
+            return await asyncio.gather(*(http.post("/v1/completions", json=b) for b in bodies))
+
+    replies = asyncio.run(run())
+    digests = {
+        each.ref: each.digest for n in ("law", "tone") for each in registry.versions(n, None)
+    }
+    for model, reply in zip(models, replies, strict=True):
+        receipt = parse(reply.text)
+        [answer] = receipt.answers
+        assert all(part["digest"] == digests[part["ref"]] for part in answer["parts"]), model
+        assert len(answer["parts"]) == (0 if model == "pico" else model.count("*") or 1)
+        assert all_right(replay(receipt, [PROMPT], again, registry)), model
+    issuer = services.signer
+    assert isinstance(issuer, Issuer) and issuer.num_mismatched == 0
+
+
+class Flips:
+    """Clients that ask `law@prod` while it moves between two versions, and what they got."""
+
+    def __init__(self, app: Any) -> None:
+        self.app, self.replies, self.is_over = app, list[tuple[int, str]](), False
+
+    async def run(self) -> None:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url=LOCAL) as http:
+            clients = [asyncio.ensure_future(self._ask(http, i)) for i in range(CLIENTS)]
+            for i in range(FLIPS):
+                # Held back until somebody was answered: every flip meets requests under way.
+                seen = len(self.replies)
+                moved = await http.put("/v1/adapters/law/aliases/prod", json={"version": 1 + i % 2})
+                assert moved.status_code == 200, moved.text
+                while len(self.replies) == seen and not any(task.done() for task in clients):
+                    await asyncio.sleep(0.001)
+            self.is_over = True
+            await asyncio.gather(*clients)
+
+    async def _ask(self, http: httpx.AsyncClient, place: int) -> None:
+        body = {
+            "model": "law@prod", "prompt": [7 + place, 20], "max_tokens": 6, "temperature": 0,
+            "stream": place % 2 == 0, "ignore_eos": True,
+        }  # fmt: skip
+        while not self.is_over:
+            reply = await http.post("/v1/completions", json=body)
+            self.replies.append((reply.status_code, reply.text))
+
+
+def last_of(text: str) -> dict[str, Any]:
+    """A whole reply, or the chunk of a stream that carries the receipt."""
+    if not text.startswith("data: "):
+        found: dict[str, Any] = json.loads(text)
+        return found
+    chunks = [json.loads(x[6:]) for x in text.splitlines() if x.startswith("data: {")]
+    [found] = [chunk for chunk in chunks if chunk.get("loramux")]
+    return found
+
+
+def test_aliases_that_move_under_load_fail_no_request_and_mix_no_answer(
+    app: Any, services: Services, world: World, registry: Registry
+) -> None:
+    registry.set_alias("local/law", "prod", 1, actor="test")
+    flips = Flips(app)
+    asyncio.run(flips.run())
+    assert {status for status, _ in flips.replies} == {200}
+    markers = {f"local/law@{version + 1}": world.marker("law", version) for version in range(2)}
+    digests = {each.ref: each.digest for each in registry.versions("law", None)}
+    issuer = services.signer
+    assert isinstance(issuer, Issuer)
+    seen = []
+    for _, text in flips.replies:
+        reply = last_of(text)
+        receipt = parse(reply)
+        verify(receipt, issuer.signer.public)
+        [answer] = receipt.answers
+        [part] = answer["parts"]
+        seen.append(part["ref"])
+        assert reply["model"] == receipt.body["model"] == part["ref"]
+        assert part["digest"] == digests[part["ref"]]
+        # Every token is the one that this content makes the base say: nobody else's rows had a part in it.
+        assert answer["completions"][0]["sha256"] == token_digest([markers[part["ref"]]] * 6)
+    assert set(seen) == set(markers) and len(seen) >= FLIPS
+    assert issuer.num_mismatched == 0

@@ -1,0 +1,192 @@
+"""What `model` may say, under whose rights, and how soon a change is seen."""
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loramux.retrieval import Retriever, make_profile
+from loramux.server.choosing import choose
+from loramux.server.errors import ApiError
+from loramux.server.resolve import POLL_S, Choice, Names, parse_model
+from loramux.server.stub import StubRegistry
+from server.rig import client, config, error_of, stub_services
+
+A = SimpleNamespace(tenant="a")
+B = SimpleNamespace(tenant="b")
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("pico", Choice("base")),
+        ("base", Choice("base")),
+        ("auto", Choice("auto")),
+        ("router:sup", Choice("router", (("sup", 1.0),))),
+        ("law", Choice("mix", (("law", 1.0),))),
+        ("pico:acme/law@2", Choice("mix", (("acme/law@2", 1.0),))),
+        ("a*0.7+b/c@x*-0.3", Choice("mix", (("a", 0.7), ("b/c@x", -0.3)))),
+        ("a + b*2e-1", Choice("mix", (("a", 1.0), ("b", 0.2)))),
+    ],
+)
+def test_a_model_field_is_taken_apart(text, choice):
+    assert parse_model(text, "pico") == choice
+
+
+@pytest.mark.parametrize("text", ["a*", "a*x", "a*nan", "a*inf", "a*0", "+a", "a+", "*1", "+".join("abcdefghi")])
+def test_a_mix_that_is_none_is_refused(text):
+    with pytest.raises(ApiError) as refused:
+        parse_model(text, "pico")
+    assert refused.value.code == "invalid_model"
+
+
+def test_names_that_nobody_has_and_names_of_others_get_the_same_answer_and_the_same_work():
+    registry = StubRegistry()
+    registry.add("a", "law")
+    services = stub_services(registry=registry)
+    http = client(services)
+    answers = []
+    for name in ("a/law", "a/wal", "b/law"):
+        before = registry.num_lookups
+        response = http.post("/v1/completions", json={"model": name, "prompt": "x"})
+        answers.append(response.text.replace(name, "NAME"))
+        assert registry.num_lookups == before + 1
+    assert len(set(answers)) == 1 and "model_not_found" in answers[0]
+
+
+def test_a_name_is_looked_up_once_until_something_changes():
+    registry = StubRegistry()
+    registry.add("a", "law")
+    now = [0.0]
+    names = Names(registry, clock=lambda: now[0])
+
+    async def main() -> None:
+        for _ in range(5):
+            assert (await names.version("law", A)).version == 1
+        assert registry.num_lookups == 1
+        registry.add("a", "law")  # by another process
+        now[0] += POLL_S
+        assert (await names.version("law", A)).version == 2
+        registry.set_alias("a/law", "latest", 1)
+        names.forget()  # by this process: at once
+        assert (await names.version("law", A)).version == 1
+
+    asyncio.run(main())
+
+
+def test_a_lookup_that_a_change_overtakes_is_not_kept():
+    registry = StubRegistry()
+    registry.add("a", "law")
+    names = Names(registry)
+    slow = registry.resolve
+
+    def overtaken(ref: str, *, caller: str | None) -> Any:
+        found = slow(ref, caller=caller)
+        registry.resolve = slow  # type: ignore[method-assign]
+        registry.add("a", "law")
+        names.forget()
+        return found
+
+    registry.resolve = overtaken  # type: ignore[method-assign]
+
+    async def main() -> None:
+        assert (await names.version("law", A)).version == 1  # what it was when asked
+        assert (await names.version("law", A)).version == 2
+
+    asyncio.run(main())
+
+
+def test_mixes_of_one_content_twice_and_adapters_of_another_base_are_refused():
+    registry = StubRegistry()
+    registry.add("local", "law")
+    registry.add("local", "far", base_digest="f" * 64)
+    http = client(stub_services(registry=registry, base=SimpleNamespace(digest="b" * 64)))
+    for model, code in (("law*0.5+law@1*0.5", "invalid_model"), ("far", "wrong_base"), ("router:law", "not_a_router")):
+        response = http.post("/v1/completions", json={"model": model, "prompt": "x"})
+        assert error_of(response, 400)["code"] == code
+    registry.add("local", "mixed", servability="per_prompt")
+    body = http.post("/v1/completions", json={"model": "router:mixed", "prompt": "x"}).json()
+    assert body["loramux"]["router"] == body["model"] == "local/mixed@1"
+
+
+# --- auto -------------------------------------------------------------------------------------------
+
+TOPICS = {
+    "law": "contract clause court judge liability tenant lease",
+    "food": "recipe oven flour sugar bake kitchen dinner",
+    "code": "python function compile error variable loop array",
+}
+
+
+def pool(owners: dict[str, str], seed: int = 0) -> tuple[StubRegistry, Retriever]:
+    """A registry and a lexical retriever over the topics; owners: tenant of each."""
+    draw = random.Random(seed)
+    registry, retriever = StubRegistry(), Retriever(min_score=0.05)
+    for topic, owner in owners.items():
+        words = TOPICS[topic].split()
+        samples = [" ".join(draw.sample(words, 4)) for _ in range(20)]
+        version = registry.add(owner, topic)
+        retriever.upsert(version.ref, make_profile(samples), owner=owner)
+    return registry, retriever
+
+
+def test_auto_answers_with_what_fits_and_says_why():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    http = client(stub_services(registry=registry, retriever=retriever))
+    for topic, asked in (("law", "which court and judge?"), ("food", "bake sugar in the oven")):
+        messages = [
+            {"role": "system", "content": TOPICS["code"]},
+            {"role": "user", "content": asked},
+        ]
+        response = http.post("/v1/chat/completions", json={"model": "auto", "messages": messages})
+        body = response.json()
+        assert body["model"] == response.headers["x-loramux-adapter"] == f"local/{topic}@1"
+        routing = body["loramux"]["routing"]
+        assert [hit["ref"] for hit in routing["chosen"]] == [f"local/{topic}@1"]
+        assert len(routing["runners_up"]) == 2 and not routing["abstained"]
+        assert routing["chosen"][0]["score"] > routing["runners_up"][0]["score"]
+
+
+def test_auto_falls_back_to_the_base_where_nothing_fits():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    http = client(stub_services(registry=registry, retriever=retriever))
+    body = http.post("/v1/completions", json={"model": "auto", "prompt": "zebra quagga"}).json()
+    assert body["model"] == "pico" and body["loramux"]["adapters"] == []
+    assert body["loramux"]["routing"]["abstained"] and body["loramux"]["routing"]["reason"]
+
+
+def test_auto_mixes_where_the_configuration_says_so():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    http = client(stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2})
+    body = http.post("/v1/completions", json={"model": "auto", "prompt": "court judge lease"}).json()
+    assert [part["weight"] for part in body["loramux"]["adapters"]] == [0.5, 0.5]
+
+
+def test_auto_never_chooses_what_the_caller_may_not_use():
+    owners = {"law": "a", "food": "b", "code": "a"}
+    registry, retriever = pool(owners)
+    services = stub_services(registry=registry, retriever=retriever)
+    client(services)  # makes the names
+    draw = random.Random(3)
+    words = " ".join(TOPICS.values()).split()
+
+    async def main() -> None:
+        for _ in range(300):
+            caller = draw.choice((A, B))
+            asked = " ".join(draw.sample(words, 5))
+            plan = await choose(services, config(), "auto", asked, caller)
+            used = {version.tenant for version in plan.versions}
+            shown = {
+                hit["ref"].split("/")[0]
+                for hit in (*plan.routing["chosen"], *plan.routing["runners_up"])
+            }
+            assert used <= {caller.tenant} and shown <= {caller.tenant}
+
+    asyncio.run(main())
+
+
+def test_auto_without_a_retriever_is_a_clear_error():
+    response = client().post("/v1/completions", json={"model": "auto", "prompt": "x"})
+    assert error_of(response, 400)["code"] == "no_retrieval"
