@@ -163,3 +163,57 @@ def test_a_weight_can_change_while_its_tenant_is_served():
     shares.set_weight("a", 10.0)
     shares.charge("a", 10, 0)
     assert shares["a"].counter == 11 and shares["a"].served == 20
+
+
+def test_a_weight_that_changes_counts_from_then_on():
+    runner = FakeRunner(
+        num_blocks=400, limits=Limits(max_batch=6, max_step_tokens=32), has_cache=False
+    )
+    shares = runner.scheduler.shares
+    for i in range(900):
+        for tenant in ("a", "b"):
+            runner.add(tokens_of(i, 8), max_tokens=6, tenant=tenant)
+    served = []
+    for weight in (1.0, 4.0, 1.0):
+        shares.set_weight("a", weight)
+        before = runner.scheduler.stats().served
+        for _ in range(200):
+            runner.step()
+        after = runner.scheduler.stats().served
+        served.append({tenant: after[tenant] - before.get(tenant, 0) for tenant in "ab"})
+    for weight, got in zip((1, 4, 1), served, strict=True):
+        assert got["a"] == pytest.approx(weight * got["b"], rel=0.1)
+
+
+def test_who_weighs_one_again_is_not_remembered():
+    shares = Shares()
+    for i in range(5000):
+        shares.set_weight(f"tenant {i}", 2.0)
+        shares.set_weight(f"tenant {i}", 1.0)
+    assert not shares._weights
+
+
+def test_a_newcomer_starts_before_the_prompts_under_way_of_a_flood():
+    limits = Limits(max_batch=16, max_step_tokens=32, max_chunk=16)
+    runner = FakeRunner(num_blocks=400, limits=limits)
+    for i in range(4):
+        runner.add(tokens_of(i, 96), tenant="flood")
+    for _ in range(3):
+        runner.step()
+    (quiet,) = runner.add(tokens_of(9, 48), tenant="quiet")
+    waited = 0
+    while quiet.num_generated == 0:
+        runner.step()
+        waited += 1
+    assert waited == 3, "three pieces of 16, as if it were alone"
+
+
+def test_newcomers_of_the_flood_itself_do_not_overtake_its_own_prompts():
+    limits = Limits(max_batch=16, max_step_tokens=16, max_chunk=16)
+    runner = FakeRunner(num_blocks=400, limits=limits)
+    (first,) = runner.add(tokens_of(0, 64), tenant="flood")
+    runner.step()
+    (second,) = runner.add(tokens_of(1, 8), tenant="flood")
+    while first.num_generated == 0:
+        runner.step()
+    assert second.num_generated == 0

@@ -58,7 +58,9 @@ def test_a_cached_prefix_is_run_again_for_those_who_want_its_logprobs(pico):
     prompt = list(range(8, 58))
     with Engine(pico, kv_memory="4MiB", fuse=False) as engine:
         run_all(engine, [Request(prompt=prompt, params=SamplingParams(max_tokens=1), id="warm")])
-        found = run_all(engine, [Request(prompt=prompt, params=SamplingParams(max_tokens=1), id="hit")])
+        found = run_all(
+            engine, [Request(prompt=prompt, params=SamplingParams(max_tokens=1), id="hit")]
+        )
         assert found["hit"][0].cached_tokens > 0
         done = run_all(engine, [Request(prompt=prompt, params=SCORE, id="score")])["score"][0]
     assert done.cached_tokens == 0
@@ -80,7 +82,10 @@ def test_a_preempted_prompt_tells_the_same(pico):
     with Engine(pico, kv_memory="80KiB", fuse=False) as engine:
         done = run_all(
             engine,
-            [Request(prompt=p, params=params, id=str(j), tenant=str(j)) for j, p in enumerate(prompts)],
+            [
+                Request(prompt=p, params=params, id=str(j), tenant=str(j))
+                for j, p in enumerate(prompts)
+            ],
         )
     assert sum(done[str(j)][0].preemptions for j in range(4)) > 0
     for j, prompt in enumerate(prompts):

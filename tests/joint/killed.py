@@ -38,7 +38,7 @@ class Arrivals:
         self.round = trainer_round
         self.script = {
             3: [Command("pause", "lora")],
-            6: [Command("add", "milora", "milora"), Command("resume", "lora")],
+            6: [Command("resume", "lora"), Command("add", "milora", "milora")],
         }
 
     def poll(self) -> Sequence[Command]:
@@ -128,10 +128,19 @@ def kills(folder: Path, number: int) -> dict[str, Callable[[Path], object]]:
     if number:
         points = random.Random(0).sample(range(1, sum(STEPS.values())), number)
         return {f"after {at} steps": lambda out, at=at: run(out, KillAfter(at)) for at in points}  # type: ignore[misc]
+
+    def renaming(out: Path) -> None:
+        die_while_a_state_is_written(out)
+        run(out)
+
+    def writing_down(out: Path) -> None:
+        die_when_a_command_is_written_down()
+        run(out)
+
     return {
         "after a step": lambda out: run(out, KillAfter(18)),
-        "while a state is written": lambda out: (die_while_a_state_is_written(out), run(out)),
-        "with a command written down": lambda out: (die_when_a_command_is_written_down(), run(out)),
+        "while a state is written": renaming,
+        "with a command written down": writing_down,
     }
 
 

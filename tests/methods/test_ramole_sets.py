@@ -132,6 +132,20 @@ def test_the_longest_unused_set_goes_first_and_one_that_is_held_stays(trained: T
         assert len(pool) == 2 and set(engine.adapters) == {again, held}
 
 
+def test_where_memory_is_full_idle_sets_make_room_and_held_ones_do_not(trained: Trained):
+    with build_engine() as engine:
+        pool = RamolePool(trained.router, trained.folders.__getitem__)
+        first = pool.hold(engine, trained.ids[:3])
+        engine.store.memory.limit = engine.store.stats().memory_bytes + 10_000
+        with pytest.raises(ValueError, match="Raise memory_bytes"):
+            pool.hold(engine, trained.ids[1:])
+        assert engine.adapters == [first] and len(pool) == 1
+        pool.release(engine, first)
+        second = pool.hold(engine, trained.ids[1:])
+        assert engine.adapters == [second] and len(pool) == 1
+        engine.check_integrity()
+
+
 def test_a_set_can_be_prepared_beside_a_running_engine(trained: Trained):
     with build_engine() as engine:
         pool = RamolePool(trained.router, trained.folders.__getitem__)

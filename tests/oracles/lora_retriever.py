@@ -1,6 +1,7 @@
 """LoraRetriever (Zhao et al., 2024), restated densely in float64: the page's equations, term by term.
 
-Letters: B rows of a batch, L tokens, P distinct adapters, R rank rows, I input width, O output width, D embedding width.
+Letters: B rows of a batch, L tokens, P distinct adapters, R rank rows, I input width, O output width, D width of
+sentence vectors.
 """
 
 from __future__ import annotations

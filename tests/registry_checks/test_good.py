@@ -78,12 +78,12 @@ def good_parcels() -> Iterator[tuple[str, dict[str, bytes]]]:
             f"rank {rank} {dtype} {dora}",
             parcel(made, config(rank, use_dora=dora, use_rslora=dora)),
         )
-    for (changes, paths), dtype in itertools.product(TARGETS, DTYPES[1:]):
+    for (changes, paths), dtype in itertools.product(TARGETS, DTYPES):
         yield f"targets {changes}", parcel(tensors(1, 4, dtype, paths), config(**changes))
     for (changes, ranks), dtype in itertools.product(UNEVEN, DTYPES):
         yield f"uneven {changes}", parcel(tensors(2, 4, dtype, ranks=ranks), config(**changes))
-    for changes in HARMLESS:
-        yield f"settings {changes}", parcel(settings=config(**changes))
+    for changes, rank in itertools.product(HARMLESS, (2, 6)):
+        yield f"settings {changes}", parcel(tensors(3, rank), config(rank, **changes))
     side = dict.fromkeys(("README.md", "tokenizer.json", ".gitattributes", "LICENSE"), b"x")
     yield "with what lies beside it", parcel() | side
     yield "in a folder of its own", {f"my adapter/{name}": data for name, data in parcel().items()}
@@ -211,10 +211,28 @@ def test_the_samples_of_a_base_are_those_that_adapters_note(dtype: torch.dtype, 
     assert found == marks
 
 
-def test_a_base_of_an_unlisted_family_is_read_through_its_model(base_folder: Path, monkeypatch):
+def test_a_base_is_read_once_and_again_when_what_is_remembered_is_broken(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from loramux.registry.checks import base as module
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = base_shape(base_folder)
+    (memory,) = tmp_path.rglob("shape-*.json")
+    for broken in (b"{", b"[]", b"{}", memory.read_bytes().replace(b"schema_version", b"x")):
+        memory.write_bytes(broken)
+        assert base_shape(base_folder) == first
+    monkeypatch.setattr(module, "map_tensors", None)
+    assert base_shape(base_folder) == first, "the weights are not read again"
+
+
+def test_a_base_of_an_unlisted_family_is_read_through_its_model(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     from loramux.registry.checks import base as module
 
     known = base_shape(base_folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "FAMILIES", {})
     assert base_shape(base_folder) == known
 

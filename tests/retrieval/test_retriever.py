@@ -23,12 +23,12 @@ from loramux.retrieval.where import EVERYTHING, Where
 from oracles import lora_retriever as oracle
 from retrieval.pools import DIM, TOPICS, WordEncoder, random_entries, random_query, samples
 
-CALLS = int(os.environ.get("LORAMUX_RETRIEVAL_CALLS", "5000"))
+CALLS = int(os.environ.get("LORAMUX_RETRIEVAL_CALLS", "2000"))
 
 
 @pytest.fixture
 def topics() -> Retriever:
-    encoder = WordEncoder()
+    encoder = WordEncoder(64)
     made = Retriever(encoder=encoder)
     made.upsert_all(Entry(t, make_profile(samples(t), encoder), f"by {t}") for t in TOPICS)
     return made
@@ -166,9 +166,9 @@ def test_one_contributor_gets_one_hit_where_that_is_asked_for(topics: Retriever)
     profile = make_profile(samples("chess", seed=2), topics.encoder)
     for i in range(100):
         topics.upsert(f"flood{i}", profile, owner="flood")
-    prompt = "white moves the queen"
+    prompt = samples("chess", seed=2)[0]
     plain = topics.retrieve(prompt, 3, allowed=EVERYTHING)
-    assert all(id.startswith("flood") for id in plain.ids[1:])
+    assert all(id.startswith("flood") for id in plain.ids)
     topics.ranking = Ranking(per_owner=1)
     found = topics.retrieve(prompt, 3, allowed=EVERYTHING)
     assert sum(id.startswith("flood") for id in found.ids) == 1 and len(found.ids) == 3
@@ -288,7 +288,7 @@ def test_the_mapping_of_a_batch_is_the_papers() -> None:
     draw = random.Random(0)
     for _ in range(50):
         sets = [draw.sample("abcdefgh", 3) for _ in range(draw.randrange(1, 6))]
-        ids, found = mapping([{id: 1 / 3 for id in row} for row in sets])
+        ids, found = mapping([dict.fromkeys(row, 1 / 3) for row in sets])
         union, expected = oracle.mapping(sets)
         assert ids == union == sorted({id for row in sets for id in row})
         np.testing.assert_allclose(found, expected, atol=1e-6)

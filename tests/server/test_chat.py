@@ -68,10 +68,14 @@ def test_without_include_usage_no_chunk_is_without_a_choice():
         ({"stop": [""]}, "invalid_value", "stop"),
         ({"messages": []}, "invalid_value", "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "unsupported_parameter", "messages.0.tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
+            "unsupported_parameter",
+            "messages.0.tool_calls",
+        ),
         ({"adapter_id": "tone"}, "invalid_value", "model"),
     ],
-)  # fmt: skip
+)
 def test_what_would_change_the_answer_is_refused_by_name(fields, code, param):
     services = stub_services()
     error = error_of(ask(client(services), **fields), 400)
@@ -95,7 +99,10 @@ def test_what_asks_for_nothing_is_accepted(fields):
 
 def test_a_prompt_is_not_repeated_by_an_error():
     secret = "kanarienvogel"
-    for fields in ({"messages": [{"role": "user", "content": secret, "x": secret}]}, {"messages": secret}):
+    for fields in (
+        {"messages": [{"role": "user", "content": secret, "x": secret}]},
+        {"messages": secret},
+    ):
         assert secret not in ask(client(), **fields).text
 
 
@@ -117,12 +124,18 @@ def test_a_stream_whose_model_does_not_exist_has_a_status():
 
 def test_bodies_that_are_no_json_or_too_large_are_refused():
     http = client(limits={"body_bytes": 2000})
-    sent = http.post("/v1/chat/completions", content=b"{", headers={"content-type": "application/json"})
+    sent = http.post(
+        "/v1/chat/completions", content=b"{", headers={"content-type": "application/json"}
+    )
     assert error_of(sent, 400)["code"] == "invalid_json"
     large = ask(http, messages=[{"role": "user", "content": "x" * 3000}])
     assert error_of(large, 413)["code"] == "too_large"
+
     def pieces() -> Any:
         for _ in range(5):
             yield b"x" * 1000
-    chunked = http.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"})
+
+    chunked = http.post(
+        "/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}
+    )
     assert error_of(chunked, 413)["code"] == "too_large"

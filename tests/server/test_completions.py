@@ -71,4 +71,6 @@ def test_lorax_and_tgi_spellings_name_registered_adapters_only():
     http = client()
     assert ask(http, model="pico", adapter_id="tone").json()["model"] == "local/tone@1"
     assert ask(http, model=None, lora_path="tone").json()["model"] == "local/tone@1"
-    assert error_of(ask(http, model="pico", lora_path="/etc/passwd"), 404)["code"] == "model_not_found"
+    assert (
+        error_of(ask(http, model="pico", lora_path="/etc/passwd"), 404)["code"] == "model_not_found"
+    )

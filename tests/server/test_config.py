@@ -27,7 +27,10 @@ def test_a_wrong_configuration_is_named(raw, said):
 
 
 def test_another_host_is_allowed_with_keys():
-    assert parse_config({"base": "x", "host": "0.0.0.0", "tenants": {"enabled": True}}).host == "0.0.0.0"
+    assert (
+        parse_config({"base": "x", "host": "0.0.0.0", "tenants": {"enabled": True}}).host
+        == "0.0.0.0"
+    )
 
 
 def test_relative_folders_start_at_the_file(tmp_path: Path):

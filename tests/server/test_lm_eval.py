@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
-
-lm_eval = pytest.importorskip("lm_eval")
-pytest.importorskip("tenacity", reason="lm-eval[api] is not installed")
-
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -57,7 +54,9 @@ def instances(kind: str, arguments: list[Any]) -> list[Instance]:
     return [Instance(kind, {}, each, place) for place, each in enumerate(arguments)]
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"tokenized_requests": False}])
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 1}, {"batch_size": 3}, {"tokenized_requests": False}]
+)
 def test_loglikelihoods_are_those_of_the_adapters_merged_weights(served, options):
     client = harness(served, "law", **options)
     found = client.loglikelihood(instances("loglikelihood", PAIRS), disable_tqdm=True)
@@ -75,13 +74,19 @@ def test_loglikelihoods_are_those_of_the_adapters_merged_weights(served, options
 
 def test_texts_are_generated_until_their_stop(served):
     client = harness(served, "pico")
-    asked = [("hello", {"until": ["\n"], "max_gen_toks": 8}), ("abc", {"until": ["\n"], "max_gen_toks": 4})]
+    asked = [
+        ("hello", {"until": ["\n"], "max_gen_toks": 8}),
+        ("abc", {"until": ["\n"], "max_gen_toks": 4}),
+    ]
     found = client.generate_until(instances("generate_until", asked), disable_tqdm=True)
     assert len(found) == 2 and all("\n" not in text for text in found)
 
 
 def test_a_whole_task_runs_through_it(served, tmp_path: Path):
-    rows = [{"question": f"{word} is", "choices": ["a", "b"], "answer": place % 2} for place, word in enumerate("xyz")]
+    rows = [
+        {"question": f"{word} is", "choices": ["a", "b"], "answer": place % 2}
+        for place, word in enumerate("xyz")
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     task = {
         "task": "tiny_choice", "dataset_path": "json", "test_split": "train",
@@ -90,4 +95,6 @@ def test_a_whole_task_runs_through_it(served, tmp_path: Path):
         "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     done = lm_eval.simple_evaluate(model=harness(served, "law"), tasks=[task], bootstrap_iters=0)
-    assert done["results"]["tiny_choice"]["acc,none"] in [pytest.approx(hits / 3) for hits in range(4)]
+    assert done["results"]["tiny_choice"]["acc,none"] in [
+        pytest.approx(hits / 3) for hits in range(4)
+    ]

@@ -30,7 +30,10 @@ def test_models_are_the_base_and_what_the_caller_may_use_page_by_page():
     card = http.get("/v1/models/local/a").json()
     assert (card["parent"], card["root"], card["owned_by"]) == ("pico", "local/a@1", "local")
     for name in ("other/foreign", "other/none", "auto", "../x", "%00"):
-        assert error_of(http.get(f"/v1/models/{name}"), 404)["code"] in ("model_not_found", "not_found")
+        assert error_of(http.get(f"/v1/models/{name}"), 404)["code"] in (
+            "model_not_found",
+            "not_found",
+        )
     assert error_of(http.get("/v1/models", params={"after": "other/foreign"}), 400)
 
 
@@ -43,7 +46,9 @@ def test_embeddings_are_the_retrievers_and_in_both_formats():
     http = client(stub_services(retriever=SimpleNamespace(encoder=Encoder())))
     body = http.post("/v1/embeddings", json={"model": "minilm", "input": ["a", "bbb"]}).json()
     assert [row["embedding"] for row in body["data"]] == [[1.0, 1.0], [3.0, 1.0]]
-    coded = http.post("/v1/embeddings", json={"model": "minilm", "input": "a", "encoding_format": "base64"}).json()
+    coded = http.post(
+        "/v1/embeddings", json={"model": "minilm", "input": "a", "encoding_format": "base64"}
+    ).json()
     raw = base64.b64decode(coded["data"][0]["embedding"])
     assert np.frombuffer(raw, np.float32).tolist() == [1.0, 1.0]
 

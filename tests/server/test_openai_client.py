@@ -37,7 +37,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     )  # fmt: skip
     with running(create_app(config(), services)) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        yield SimpleNamespace(url=url, client=client, folders=folders, registry=registry, engine=engine)
+        yield SimpleNamespace(
+            url=url, client=client, folders=folders, registry=registry, engine=engine
+        )
         client.close()
 
 
@@ -54,7 +56,11 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 def test_chat_answers_with_the_chat_template_and_the_base(served):
     done = served.client.chat.completions.create(
-        model="pico", messages=ASKED, temperature=0, max_completion_tokens=5, extra_body={"ignore_eos": True}
+        model="pico",
+        messages=ASKED,
+        temperature=0,
+        max_completion_tokens=5,
+        extra_body={"ignore_eos": True},
     )
     tokenizer = pico_tokenizer()
     prompt = tokenizer("<|user|>hello<|assistant|>")["input_ids"]
@@ -67,7 +73,11 @@ def test_chat_answers_with_the_chat_template_and_the_base(served):
 
 @pytest.mark.parametrize(
     ("model", "mix"),
-    [("law", {"law": 1.0}), ("pico:tone@1", {"tone": 1.0}), ("law*0.7+local/tone*0.3", {"law": 0.7, "tone": 0.3})],
+    [
+        ("law", {"law": 1.0}),
+        ("pico:tone@1", {"tone": 1.0}),
+        ("law*0.7+local/tone*0.3", {"law": 0.7, "tone": 0.3}),
+    ],
 )
 def test_an_adapter_and_a_mix_answer_as_their_merged_weights_do(served, model, mix):
     done = served.client.completions.create(
@@ -77,7 +87,9 @@ def test_an_adapter_and_a_mix_answer_as_their_merged_weights_do(served, model, m
     prompt = pico_tokenizer()("abc")["input_ids"]
     assert done.choices[0].text == text_of(greedy(twin, prompt, 6))
     parts = done.model_extra["loramux"]["adapters"]
-    assert [(part["ref"].split("/")[1].split("@")[0], part["weight"]) for part in parts] == list(mix.items())
+    assert [(part["ref"].split("/")[1].split("@")[0], part["weight"]) for part in parts] == list(
+        mix.items()
+    )
 
 
 def test_a_stream_says_what_the_whole_answer_says_and_ends_with_usage(served):
@@ -86,9 +98,14 @@ def test_a_stream_says_what_the_whole_answer_says_and_ends_with_usage(served):
     }  # fmt: skip
     whole = served.client.chat.completions.create(**asked)
     chunks = list(
-        served.client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        served.client.chat.completions.create(
+            **asked, stream=True, stream_options={"include_usage": True}
+        )
     )
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        == whole.choices[0].message.content
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == whole.usage.total_tokens
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
@@ -154,7 +171,7 @@ def test_echo_with_logprobs_scores_the_prompt_itself(served):
 
 def test_models_lists_the_base_and_the_adapters_and_no_path(served):
     found = served.client.models.list().data
-    assert [model.id for model in found] == ["pico", "local/law", "local/tone"]
+    assert [model.id for model in found] == ["pico", "law", "tone"]
     assert served.client.models.retrieve("law@1").model_extra["root"] == "local/law@1"
     assert str(served.folders["law"]) not in served.client.models.with_raw_response.list().text
 
@@ -165,13 +182,17 @@ def test_errors_are_the_clients_own_exceptions(served):
         create(model="nobody", messages=ASKED)
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
     with pytest.raises(openai.BadRequestError, match="tools"):
-        create(model="pico", messages=ASKED, tools=[{"type": "function", "function": {"name": "f"}}])
+        create(
+            model="pico", messages=ASKED, tools=[{"type": "function", "function": {"name": "f"}}]
+        )
     with pytest.raises(openai.BadRequestError, match="positions"):
         create(model="pico", messages=ASKED, max_tokens=4000)
     with pytest.raises(openai.BadRequestError):
         create(
             model="pico",
-            messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}],
+            messages=[
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}
+            ],
         )
 
 
@@ -186,7 +207,9 @@ def test_many_async_streams_of_different_adapters_share_one_engine(served):
                 )  # fmt: skip
                 return model, "".join([chunk.choices[0].text async for chunk in stream])
 
-            return await asyncio.gather(*(one(m) for m in ("pico", "law", "tone", "law*0.5+tone*0.5") * 4))
+            return await asyncio.gather(
+                *(one(m) for m in ("pico", "law", "tone", "law*0.5+tone*0.5") * 4)
+            )
 
     by_model: dict[str, set[str]] = {}
     for model, text in asyncio.run(main()):

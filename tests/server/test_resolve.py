@@ -35,7 +35,9 @@ def test_a_model_field_is_taken_apart(text, choice):
     assert parse_model(text, "pico") == choice
 
 
-@pytest.mark.parametrize("text", ["a*", "a*x", "a*nan", "a*inf", "a*0", "+a", "a+", "*1", "+".join("abcdefghi")])
+@pytest.mark.parametrize(
+    "text", ["a*", "a*x", "a*nan", "a*inf", "a*0", "+a", "a+", "*1", "+".join("abcdefghi")]
+)
 def test_a_mix_that_is_none_is_refused(text):
     with pytest.raises(ApiError) as refused:
         parse_model(text, "pico")
@@ -103,7 +105,11 @@ def test_mixes_of_one_content_twice_and_adapters_of_another_base_are_refused():
     registry.add("local", "law")
     registry.add("local", "far", base_digest="f" * 64)
     http = client(stub_services(registry=registry, base=SimpleNamespace(digest="b" * 64)))
-    for model, code in (("law*0.5+law@1*0.5", "invalid_model"), ("far", "wrong_base"), ("router:law", "not_a_router")):
+    for model, code in (
+        ("law*0.5+law@1*0.5", "invalid_model"),
+        ("far", "wrong_base"),
+        ("router:law", "not_a_router"),
+    ):
         response = http.post("/v1/completions", json={"model": model, "prompt": "x"})
         assert error_of(response, 400)["code"] == code
     registry.add("local", "mixed", servability="per_prompt")
@@ -159,8 +165,12 @@ def test_auto_falls_back_to_the_base_where_nothing_fits():
 
 def test_auto_mixes_where_the_configuration_says_so():
     registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
-    http = client(stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2})
-    body = http.post("/v1/completions", json={"model": "auto", "prompt": "court judge lease"}).json()
+    http = client(
+        stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2}
+    )
+    body = http.post(
+        "/v1/completions", json={"model": "auto", "prompt": "court judge lease"}
+    ).json()
     assert [part["weight"] for part in body["loramux"]["adapters"]] == [0.5, 0.5]
 
 

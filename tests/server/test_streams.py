@@ -72,7 +72,10 @@ def test_silence_is_filled_with_comments_that_clients_ignore():
 
     body = asyncio.run(main())
     assert body.count(HEARTBEAT) >= 2
-    assert [line for line in body.split(b"\n\n") if line and not line.startswith(b":")] == [b'data: {"a":1}', b"data: [DONE]"]  # fmt: skip
+    assert [line for line in body.split(b"\n\n") if line and not line.startswith(b":")] == [
+        b'data: {"a":1}',
+        b"data: [DONE]",
+    ]
 
 
 @pytest.mark.parametrize("way", ["leaves", "stalls"])
@@ -97,7 +100,10 @@ def test_a_reader_that_leaves_or_takes_nothing_ends_the_call_and_gives_everythin
 def test_two_hundred_streams_of_which_some_leave_and_some_stall_leave_nothing_behind():
     services = stub_services(engine=StubEngine(delay_s=0.001))
     app = create_app(
-        config(limits={"write_timeout_s": 0.2, "max_inflight": 256, "max_inflight_per_tenant": 256}), services
+        config(
+            limits={"write_timeout_s": 0.2, "max_inflight": 256, "max_inflight_per_tenant": 256}
+        ),
+        services,
     )
 
     async def one(place: int) -> Reader:

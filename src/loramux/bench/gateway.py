@@ -140,7 +140,11 @@ class Load:
 
     def body(self) -> bytes:
         t = self.draw.randrange(len(self.secrets))
-        said = {"model": f"adapter-{self.draw.randrange(self.each)}", "prompt": "hello there", "max_tokens": 8}
+        said = {
+            "model": f"adapter-{self.draw.randrange(self.each)}",
+            "prompt": "hello there",
+            "max_tokens": 8,
+        }
         data = json.dumps(said).encode()
         head = (
             f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {self.secrets[t]}\r\n"
@@ -181,13 +185,23 @@ class Load:
         return status
 
 
-def measure(home: Path, rate: float, seconds: float, seed: int, tenants: int, each: int) -> dict[str, Any]:
+def measure(
+    home: Path, rate: float, seconds: float, seed: int, tenants: int, each: int
+) -> dict[str, Any]:
     """One run: start the server, warm nothing, load it, end it."""
     secrets = fill(home, tenants, each)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "loramux.bench.gateway", "--home", str(home), "--serve", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "loramux.bench.gateway",
+        "--home",
+        str(home),
+        "--serve",
+        str(port),
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
@@ -218,7 +232,9 @@ def measure(home: Path, rate: float, seconds: float, seed: int, tenants: int, ea
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, help="kept between runs: the filled registry")
+    parser.add_argument(
+        "--home", type=Path, required=True, help="kept between runs: the filled registry"
+    )
     parser.add_argument("--rate", type=float, default=300)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--tenants", type=int, default=TENANTS)

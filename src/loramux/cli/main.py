@@ -22,12 +22,14 @@ from loramux.cli import (
     compose,
     config,
     demo,
+    doctor,
     fetch,
     generate,
     jobs,
     key,
     lower,
     methods,
+    registry_change,
     report,
     serve,
     tenant,
@@ -64,6 +66,7 @@ app.command("generate")(generate.generate)
 app.command("batch")(batch.batch)
 app.command("compose")(compose.compose)
 app.command("lower")(lower.lower)
+app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
@@ -75,6 +78,7 @@ app.command("verify")(verify.verify)
 app.add_typer(config.app, name="config")
 app.add_typer(tenant.app, name="tenant")
 app.add_typer(key.app, name="key")
+app.add_typer(registry_change.app, name="registry")
 
 
 def _version(wanted: bool) -> None:

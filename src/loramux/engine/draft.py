@@ -52,20 +52,21 @@ class Draft:
 
         Alone only if nothing but decodes has to wait for it, and not twice in a row, or they would wait for ever.
         """
-        if self._fits(count):
+        if self.fits(count):
             return True
         return not self._prompt_tokens and not (self._was_alone and self._decodes)
 
     def add_whole(self, sequence: Sequence) -> None:
         """All of its tokens. If they exceed the step, it holds nothing else: decodes go on in the next one."""
-        if not self._fits(sequence.num_tokens):
+        if not self.fits(sequence.num_tokens):
             self._decodes.clear()
             self.is_alone = True
         self._add(sequence, sequence.num_tokens)
         if self.is_alone:
             self.budget = 0
 
-    def _fits(self, count: int) -> bool:
+    def fits(self, count: int) -> bool:
+        """Whether a whole prompt of `count` tokens has room beside what is planned."""
         # The limit on prompts beside decodes cannot cut this one; it still keeps it from joining others.
         is_capped = self._limits.max_prompt_tokens is not None and bool(self._decodes)
         return count <= self.budget and not (is_capped and self._prompt_tokens)

@@ -213,6 +213,24 @@ class Program:
         return found
 
     @cached_property
+    def sited_alike(self) -> dict[str, list[list[Entry]]]:
+        """The same, in lists of those that one call can ask: tokens that decode, of one content."""
+        found: dict[str, list[list[Entry]]] = {}
+        for path, entries in self.sited.items():
+            lists = found[path] = []
+            by_content: dict[int, list[Entry]] = {}
+            for entry in entries:
+                decodes = entry.count == 1 and not entry.prompt_left
+                if not decodes or entry.facts.sited[path].when == "prompt":
+                    lists.append([entry])
+                elif id(entry.content) in by_content:
+                    by_content[id(entry.content)].append(entry)
+                else:
+                    by_content[id(entry.content)] = [entry]
+                    lists.append(by_content[id(entry.content)])
+        return found
+
+    @cached_property
     def routed_blocks(self) -> dict[str, list[Entry]]:
         """Entries that turn the tokens of an FFN block into rows, by the block's path."""
         found: dict[str, list[Entry]] = {}

@@ -39,8 +39,8 @@ def assemble_for_engine(
 class RamolePool:
     """Names of assembled sets in one engine. `hold` and `release` belong on the engine's thread (`AsyncEngine.call`).
 
-    folder_of: the local folder of an adapter's id; ids must never change their content. At most `limit` sets stay,
-    those that are held not counted out: the longest unused goes first.
+    folder_of: the local folder of an adapter's id; what an id stands for must never change. At most `limit` sets stay,
+    more only while all of them are held: of the others the longest unused goes first.
     """
 
     def __init__(
@@ -70,8 +70,9 @@ class RamolePool:
         ids = sorted(set(ids))
         name = self.name_of(ids)
         if name not in self._held:
+            adapter = adapter or self.prepare(engine, ids)
             self._shrink(engine, self.limit - 1)
-            engine.add_adapter(name, adapter or self.prepare(engine, ids))
+            self._add(engine, name, adapter)
         self._held[name] = self._held.get(name, 0) + 1
         self._held.move_to_end(name)
         return name
@@ -88,8 +89,20 @@ class RamolePool:
     def __contains__(self, ids: Iterable[str]) -> bool:
         return self.name_of(set(ids)) in self._held
 
-    def _shrink(self, engine: Any, most: int) -> None:
+    def _add(self, engine: Any, name: str, adapter: Adapter) -> None:
+        """A set in memory stays there as long as it has its name: where there is no room, all idle ones make it."""
+        try:
+            engine.add_adapter(name, adapter)
+        except ValueError:
+            if not self._shrink(engine, 0):
+                raise
+            engine.add_adapter(name, adapter)
+
+    def _shrink(self, engine: Any, most: int) -> int:
+        """Forget idle sets until at most so many are left; returns how many went."""
         idle = [name for name, holders in self._held.items() if holders == 0]
-        for name in idle[: max(0, len(self._held) - most)]:
+        gone = idle[: max(0, len(self._held) - most)]
+        for name in gone:
             engine.remove_adapter(name)
             del self._held[name]
+        return len(gone)

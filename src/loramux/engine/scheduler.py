@@ -13,6 +13,7 @@ every round of preemptions is paid for with tokens, and these are kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -274,7 +275,10 @@ class Scheduler:
         self._tables.stop(sequence)
 
     def _plan_prompts(self, draft: Draft) -> None:
-        """Go on with prompts under way, the least served tenant's first."""
+        """Go on with prompts under way, the least served tenant's first; who was served less than it may start before.
+
+        Otherwise a tenant with many long prompts under way would leave newcomers no room in the step.
+        """
         under_way = [
             sequence
             for sequence in self._running
@@ -282,12 +286,16 @@ class Scheduler:
         ]
         under_way.sort(key=self._dispensability)
         for sequence in under_way:
+            if draft.room():
+                self._admit_waiting(draft, before=sequence)
             draft.add_piece(sequence)
 
     # -- what is new --------------------------------------------------------------------------------------------------
 
-    def _admit_waiting(self, draft: Draft) -> None:
+    def _admit_waiting(self, draft: Draft, before: Sequence | None = None) -> None:
         """Start waiting sequences in order of fairness while there is room in the batch, the step and the pool.
+
+        before: only those whose tenants were served less than the one of this prompt under way.
 
         Those that wait for an adapter are overtaken; one that waits for blocks is not, or small ones would keep large
         ones out for ever. For one that slots were denied to for too long, nobody else gets any: only those who hold
@@ -296,7 +304,10 @@ class Scheduler:
         probes = self.limits.max_probes
         held: set[str] = set()  # requests whose other samples need not be asked about either
         is_draining = False
+        most = math.inf if before is None else self.shares[before.tenant].standing
         for sequence in self._waiting.in_turn(self.shares):
+            if self.shares[sequence.tenant].standing >= most:
+                return
             if sequence.request_id in held:
                 continue
             if not probes or not draft.budget or len(self._running) >= self.limits.max_batch:
@@ -304,14 +315,14 @@ class Scheduler:
             probes -= 1
             if is_draining and sequence.request.mix and sequence.lease is None:
                 continue
-            outcome = self._admit(sequence, draft)
+            outcome = self._admit(sequence, draft, may_be_alone=before is None)
             if outcome == "no room":
                 return
             if outcome == "skipped":
                 held.add(sequence.request_id)
                 is_draining = is_draining or self._is_crowded_out(sequence)
 
-    def _admit(self, sequence: Sequence, draft: Draft) -> Outcome:
+    def _admit(self, sequence: Sequence, draft: Draft, may_be_alone: bool) -> Outcome:
         samples = self._samples[sequence.request_id]
         running = [sample for sample in samples if sample.state == "running"]
         source = next((sample for sample in running if _has_prompt(sample)), None)
@@ -328,6 +339,9 @@ class Scheduler:
             return "skipped"
         record.crowded_at = None
         is_whole = not sequence.is_chunkable and sequence.routes is None
+        # What exceeds a step runs alone, which prompts under way must not wait for.
+        if is_whole and not may_be_alone and not draft.fits(sequence.num_tokens):
+            return "no room"
         return self._start(sequence, draft, None if is_whole else source, is_whole)
 
     def _is_crowded_out(self, sequence: Sequence) -> bool:

@@ -6,6 +6,7 @@ has no time limit for a match. Why quick: an adapter with a rank of its own at e
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,10 +20,18 @@ MODULE_PATH = re.compile(r"[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*")
 MAX_PATH = 256
 MAX_PATTERN = 2048
 MAX_REPEATS = 3
+MAX_STEPS = 2**21  # of one match, by `worst_steps` for a path of USUAL_PATH letters
+USUAL_PATH = 64
 
 _PLAIN = re.compile(r"\^?[A-Za-z0-9_.-]*[A-Za-z0-9_-]")
 _GROUP_REPEAT = re.compile(r"\)[*+{]")
 _REPEAT = re.compile(r"(?<!\\)[*+]|\{\d*,\d*\}")
+_ESCAPE_OR_SET = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+# Not those that make a quantifier lazy or begin a group.
+_OPTIONAL = re.compile(r"(?<![*+?}(])\?")
+_COMMENTS = re.compile(
+    r"\(\?[a-zA-Z]*x"
+)  # verbose mode: what a pattern says is not what it looks like
 
 
 def compile_safely(pattern: str, field: str) -> re.Pattern[str]:
@@ -30,11 +39,13 @@ def compile_safely(pattern: str, field: str) -> re.Pattern[str]:
     if (
         len(pattern) > MAX_PATTERN
         or _GROUP_REPEAT.search(pattern)
+        or _COMMENTS.search(pattern)
         or len(_REPEAT.findall(pattern)) > MAX_REPEATS
+        or worst_steps(pattern) > MAX_STEPS
     ):
         raise FormatError(
-            f"{field}: pattern {pattern[:80]!r} repeats a group or has more than {MAX_REPEATS} repeats, which can "
-            "take for ever to match; write the module names out instead",
+            f"{field}: pattern {pattern[:80]!r} repeats a group, has more than {MAX_REPEATS} repeats or too many "
+            "alternatives, which can take for ever to match; write the module names out instead",
             code="bad_pattern",
         )
     try:
@@ -46,6 +57,26 @@ def compile_safely(pattern: str, field: str) -> re.Pattern[str]:
         raise FormatError(
             f"{field}: {pattern[:80]!r} is no regular expression: {error}", code="bad_pattern"
         ) from None
+
+
+def worst_steps(pattern: str, length: int = USUAL_PATH) -> float:
+    """At most about so many ways are tried before a path of this length is found not to match.
+
+    Repeats share the letters between them; every optional part doubles, every group of alternatives multiplies.
+    """
+    plain = _ESCAPE_OR_SET.sub("a", pattern)
+    repeats = len(_REPEAT.findall(plain))
+    ways = float(length**repeats / math.factorial(repeats))
+    ways *= 2.0 ** min(len(_OPTIONAL.findall(plain)), 1000)
+    open_groups = [1]
+    for letter in plain:
+        if letter == "(":
+            open_groups.append(1)
+        elif letter == "|":
+            open_groups[-1] += 1
+        elif letter == ")" and len(open_groups) > 1:
+            ways = min(ways * open_groups.pop(), 1e300)
+    return ways * math.prod(open_groups)
 
 
 class PatternTable(Generic[T]):

@@ -283,17 +283,17 @@ def storing() -> Iterator[None]:
 def storage_error(error: OSError) -> StorageError:
     if error.errno in _FULL:
         return StorageError(
-            "the registry's disk is full; nothing was published, free some space and repeat",
+            "the registry's disk is full; nothing was changed, free some space and repeat",
             code="storage_full",
         )
     if error.errno in _READ_ONLY:
         return StorageError(
-            "the registry's storage may not be written; nothing was published, "
-            "check its owner and that it is not mounted read-only",
+            "the registry's storage may not be written; nothing was changed, "
+            "check its owner and that it is not mounted read-only, then repeat",
             code="storage_read_only",
         )
     why = error.strerror or type(error).__name__
-    return StorageError(f"the registry's storage failed ({why}); repeat when it works again")
+    return StorageError(f"the registry's storage failed ({why}); nothing was changed, repeat when it works again")
 
 
 def _verify(path: Path, sha256: str) -> None:

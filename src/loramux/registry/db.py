@@ -110,6 +110,11 @@ def _explained(error: DBAPIError) -> Exception:
 
 _REASONS = (
     (
+        ("not a database", "malformed"),
+        "database_damaged",
+        "the registry's database file is damaged or is no SQLite database; restore it from a backup",
+    ),
+    (
         ("database or disk is full", "no space left", "disk full"),
         "storage_full",
         "the registry's disk is full; nothing was changed, free some space and repeat",

@@ -93,9 +93,14 @@ class ExactIndex:
 
     def nearness(self, ids: Sequence[str]) -> Floats:
         view = self._view
-        rows = np.array([view.place[id] for id in ids], np.int64)
-        found = np.stack([self._near(view, row, rows) for row in rows.tolist()])
-        return found.astype(np.float32)
+        # What was deleted since the search is near to nothing.
+        known = [i for i, id in enumerate(ids) if id in view.place]
+        rows = np.array([view.place[ids[i]] for i in known], np.int64)
+        order = np.argsort(rows)
+        found = np.zeros((len(ids), len(ids)), np.float32)
+        for i, row in zip(known, rows.tolist(), strict=True):
+            found[i, np.array(known)[order]] = self._near(view, row, rows[order])
+        return found
 
     def snapshot(self, path: Path) -> None:
         """One safetensors file; `restore` makes an index of it that answers alike."""

@@ -5,9 +5,12 @@ Why services from outside: the same application runs over a real engine, a stub,
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib
+import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import Depends, FastAPI
 
@@ -20,9 +23,13 @@ from loramux.server.limits import Gate
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.replies import Words
 from loramux.server.resolve import Names
+from loramux.server.schema import describe
 from loramux.server.services import Services
 from loramux.tenancy.policy import check_routes
 from loramux.tenancy.weights import Weights
+
+log = logging.getLogger(__name__)
+FLUSH_S = 10.0
 
 # Each has `router() -> APIRouter`.
 ROUTES = (
@@ -73,6 +80,7 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
         Outer, services=services, body_bytes=limits.body_bytes, is_local=services.tenancy is None
     )
     check_routes(app)
+    describe(app, has_keys=services.tenancy is not None)
     return app
 
 
@@ -83,11 +91,25 @@ def _no_adapters(version: object) -> None:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
+    flushing = asyncio.ensure_future(_flush(services.tenancy))
     try:
         yield
     finally:
+        flushing.cancel()
+        await asyncio.gather(flushing, return_exceptions=True)
         await services.engine.shutdown(finish=False)
-        for part in (services.registry, services.tenancy):
+        # The tenants' ledger is written into the registry's database.
+        for part in (services.tenancy, services.registry):
             close = getattr(part, "close", None)
             if close is not None:
-                close()
+                await asyncio.to_thread(close)
+
+
+async def _flush(tenancy: Any) -> None:
+    """Write the ledger now and then: a killed process loses FLUSH_S of it."""
+    while tenancy is not None:
+        await asyncio.sleep(FLUSH_S)
+        try:
+            await asyncio.to_thread(tenancy.flush)
+        except Exception:
+            log.exception("the ledger could not be written; it is tried again")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,14 @@ def model_of(body: SamplingBody, base_name: str) -> str:
     if body.model is None:
         raise refuse("model is missing", "model", "missing_parameter")
     return body.model
+
+
+def check_size(texts: Iterable[str], limits: LimitsConfig, param: str) -> int:
+    """Characters of the texts; tokenising more than the limit would take too long to find it too much."""
+    total = sum(len(text) for text in texts)
+    if total > limits.max_prompt_chars:
+        raise refuse(f"{param}: at most {limits.max_prompt_chars} characters", param, "too_large")
+    return total
 
 
 # --- Prompts ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from loramux.tenancy.policy import ALLOW, NO_KEY, PUBLIC, decide, rule_of
 
 
 def services_of(request: Request) -> Services:
-    """The server's parts, as a dependency."""
+    """The server's parts."""
     return cast(Services, request.app.state.services)
 
 
@@ -53,10 +53,15 @@ def bearer(request: Request) -> str | None:
     return secret.strip()
 
 
-def caller_of(request: Request) -> Any:
+# FastAPI runs a dependency that is no coroutine in a thread, which costs more than a whole answer of the stub.
+async def _services(request: Request) -> Services:
+    return services_of(request)
+
+
+async def _caller(request: Request) -> Any:
     """The caller that `authorise` found; routes behind a scope always have one."""
     return request.state.caller
 
 
-ServicesDep = Annotated[Services, Depends(services_of)]
-CallerDep = Annotated[Any, Depends(caller_of)]
+ServicesDep = Annotated[Services, Depends(_services)]
+CallerDep = Annotated[Any, Depends(_caller)]

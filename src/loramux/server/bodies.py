@@ -42,11 +42,15 @@ Model = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+def _described(schema: dict[str, Any]) -> None:
+    schema["additionalProperties"] = False
+    ignored = {name: {"description": "has no meaning here"} for name in sorted(IGNORED)}
+    schema["properties"] = {**schema["properties"], **ignored}
+
+
 class _Body(BaseModel):
     # Unknown keys are looked at by `check_extras`, which knows why each of them is refused.
-    model_config = ConfigDict(
-        strict=True, extra="allow", json_schema_extra={"additionalProperties": False}
-    )
+    model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=_described)
 
     def check_extras(self) -> None:
         """Refuse what is not supported, by name; keep what has no meaning here."""
@@ -121,6 +125,13 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
+    @property
+    def text(self) -> str:
+        """All parts as one text."""
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
     def plain(self, place: int) -> dict[str, str]:
         """As a chat template takes it."""
         for name, value in (self.model_extra or {}).items():
@@ -129,11 +140,8 @@ class Message(BaseModel):
                     f"messages.{place}.{name[:80]} is not supported; leave it out",
                     code="unsupported_parameter", param=f"messages.{place}.{name[:80]}",
                 )  # fmt: skip
-        text = (
-            self.content if isinstance(self.content, str) else "".join(p.text for p in self.content)
-        )
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text}
+        return {"role": role, "content": self.text}
 
 
 class ChatBody(SamplingBody):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
@@ -29,12 +29,13 @@ class Call:
         services: Services,
         call_id: str,
         caller: Any,
-        plan: Plan,
+        choose: Callable[[], Awaitable[Plan]],
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
     ):
         self.services, self.id, self.caller = services, call_id, caller
-        self.plan, self.params = plan, params
+        self.params, self._choose = params, choose
+        self.plan: Plan  # once admitted
         self.prompts = tuple(prompts)
         self.created = int(services.clock())
         self.headers: dict[str, str] = {}
@@ -67,6 +68,8 @@ class Call:
             self._reservation = quotas.reserve(caller, self.most_tokens)
             self.headers.update(self._reservation.headers())
             await services.weights.apply(caller)
+        # Only now: choosing may encode a prompt, and a flood of such calls must meet the bounds first.
+        self.plan = await self._choose()
         await self._stack.enter_async_context(services.loaded.pinned(self.plan.versions))
         if self.plan.assembled is not None:
             await self._stack.enter_async_context(self.plan.assembled.held(services))

@@ -68,6 +68,7 @@ class LimitsConfig(_Strict):
     max_stop_chars: int = Field(256, ge=1)
     max_logprobs: int = Field(20, ge=0)
     max_messages: int = Field(1024, ge=1)
+    max_prompt_chars: int = Field(1_000_000, ge=1, description="of all texts of a call")
     max_tokens: int = Field(4096, ge=1, description="new tokens of one sample at most")
     default_max_tokens: int = Field(256, ge=1, description="where a chat request names none")
     body_bytes: int = Field(4 * 2**20, ge=1024, description="of a JSON body")

@@ -82,22 +82,30 @@ class Issuer:
         return describe_answer(
             completions,
             prompt=prompt,
-            parts=[
-                Part(version.ref, digest, weight)
-                for version, (digest, weight) in zip(plan.versions, plan.mix, strict=not plan.assembled)
-            ],
+            parts=_parts(plan),
             base=self._base,
             router=_router(plan),
             routing=getattr(plan, "routing", None),
         )
 
 
+def _parts(plan: Plan) -> list[Part]:
+    if plan.assembled is not None:  # one content in the engine, of adapters that the router names
+        return [Part(plan.label, digest, weight) for digest, weight in plan.mix]
+    return [
+        Part(version.ref, digest, weight)
+        for version, (digest, weight) in zip(plan.versions, plan.mix, strict=True)
+    ]
+
+
 def _router(plan: Plan) -> Router | None:
     if plan.router is None:
         return None
     found = (version.digest for version in plan.versions if version.ref == plan.router)
-    digest = plan.router_digest or next(found, "")
-    return Router(plan.router, digest)
+    members: tuple[tuple[str, str], ...] = ()
+    if plan.assembled is not None:
+        members = tuple((v.ref, digest) for digest, v in sorted(plan.assembled.versions.items()))
+    return Router(plan.router, plan.router_digest or next(found, ""), members)
 
 
 def _by_prompt(outcome: Outcome) -> tuple[tuple[Completion, ...], ...]:

@@ -51,4 +51,4 @@ class Gate:
 
     def inflight_of(self, tenant: str) -> int:
         """Calls of one tenant under way."""
-        return self._by_tenant[tenant] if tenant in self._by_tenant else 0
+        return self._by_tenant.get(tenant, 0)

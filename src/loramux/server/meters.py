@@ -221,7 +221,8 @@ class Metrics:
 
 def _adapters_of(plan: Plan) -> tuple[tuple[str, str], ...]:
     """(tenant, name) of each part: versions come and go, a dashboard wants the adapter."""
-    return tuple(dict.fromkeys((version.tenant, version.name) for version in plan.versions))
+    versions = plan.versions if plan.assembled is None else plan.assembled.versions.values()
+    return tuple(dict.fromkeys((version.tenant, version.name) for version in versions))
 
 
 def _choice(plan: Plan) -> str:

@@ -96,5 +96,7 @@ class Assembled:
             return assemble_for_engine(engine, folders, self.router.pool.router)
         except LoramuxError as error:
             raise ApiError(
-                "the adapters that fit the prompt do not fit this router", code="not_routable", status=400
+                "the adapters that fit the prompt do not fit this router",
+                code="not_routable",
+                status=400,
             ) from error

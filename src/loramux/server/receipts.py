@@ -74,13 +74,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Router:
-    """What mixed the parts, and its own content."""
+    """What mixed, and its own content. `members`: (ref, digest) of the adapters that were put under it for this call."""
 
     ref: str
     digest: str
+    members: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return {"ref": self.ref, "digest": self.digest}
+        members = [{"ref": ref, "digest": digest} for ref, digest in self.members]
+        return {"ref": self.ref, "digest": self.digest, "members": members}
 
 
 def describe_answer(

@@ -153,6 +153,8 @@ def _parts(receipt: Receipt) -> list[dict[str, Any]]:
     """Each part once, in order."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for answer in receipt.answers:
-        for part in answer["parts"]:
+        # A set that was put together under a router is no version; its members are.
+        members = (answer["router"] or {}).get("members", ())
+        for part in members or answer["parts"]:
             found.setdefault((str(part.get("ref")), str(part.get("digest"))), part)
     return list(found.values())

@@ -28,8 +28,8 @@ class Plan:
     """What answers a call: `mix` is ((digest, weight), ...), empty for the base; `versions` are in the same order.
 
     `label` is what the reply calls it, with versions. `router`: the mixture or router that decides, as "tenant/name@3".
-    `retrieved`: what `auto` found; `routing`: that as JSON, for the reply and the receipt. `assembled`: a set of adapters
-    that the server put under a router; `versions` is empty then, and `mix` has the set's name in the engine.
+    `retrieved`: what `auto` found; `routing`: that as JSON, for the reply and the receipt. `assembled`: a set of
+    adapters that the server put under a router; `versions` is empty then, and `mix` has the set's name in the engine.
     """
 
     label: str
@@ -202,7 +202,9 @@ class Names:
                 self._kept.clear()
                 self._epoch += 1
                 epoch += 1
-            if epoch == self._epoch:  # else something changed meanwhile: look again at the next call
+            if (
+                epoch == self._epoch
+            ):  # else something changed meanwhile: look again at the next call
                 self._looked_at = now
         finally:
             self._look = None

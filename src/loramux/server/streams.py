@@ -55,7 +55,10 @@ class EventStream(Response):
         write_timeout_s: float,
         timeout_s: float = 3600.0,
     ):
-        super().__init__(status_code=200, headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers})  # fmt: skip
+        super().__init__(
+            status_code=200,
+            headers={"cache-control": "no-store", "x-accel-buffering": "no", **headers},
+        )
         del self.headers["content-length"]
         self._events = events
         self._heartbeat_s, self._write_timeout_s = heartbeat_s, write_timeout_s
@@ -85,7 +88,10 @@ class EventStream(Response):
                     if not is_started:
                         await response_of(error)(scope, receive, send)
                         return
-                    await self._write(send, {"type": "http.response.body", "body": _as_event(error), "more_body": True})  # fmt: skip
+                    await self._write(
+                        send,
+                        {"type": "http.response.body", "body": _as_event(error), "more_body": True},
+                    )
                     chunk = None
                 except Exception as error:
                     if not is_started:
@@ -95,7 +101,10 @@ class EventStream(Response):
                     failed = event(
                         envelope(500, "the server failed; its log says why", "internal_error")
                     )
-                    await self._write(send, {"type": "http.response.body", "body": failed + DONE, "more_body": True})  # fmt: skip
+                    await self._write(
+                        send,
+                        {"type": "http.response.body", "body": failed + DONE, "more_body": True},
+                    )
                     chunk = None
                 if chunk is None:
                     break

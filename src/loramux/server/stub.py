@@ -124,7 +124,11 @@ class StubAnswer:
         unknown = [name for name, _ in request.mix if name not in engine.folders]
         if unknown:
             raise ValueError(f"no adapter {unknown[0]!r} is known")
-        prompt = engine.tokenizer(request.prompt)["input_ids"] if isinstance(request.prompt, str) else request.prompt  # fmt: skip
+        prompt = (
+            engine.tokenizer(request.prompt)["input_ids"]
+            if isinstance(request.prompt, str)
+            else request.prompt
+        )
         request_id = request.id or f"stub-{id(self)}"
         word = "+".join(name[:8] for name, _ in request.mix) or "base"
         params = request.params

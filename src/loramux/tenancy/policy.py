@@ -47,7 +47,7 @@ POLICY: Mapping[tuple[str, str], Rule] = MappingProxyType(
         ("GET", "/v1/models"): _LIST,
         ("GET", "/v1/models/{model:path}"): _READ,
         ("POST", "/v1/load_lora_adapter"): Rule("admin", "read"),
-        ("POST", "/v1/unload_lora_adapter"): Rule("admin", "read"),
+        ("POST", "/v1/unload_lora_adapter"): Rule("admin", "write"),
         ("GET", "/v1/adapters"): _LIST,
         ("POST", "/v1/adapters"): _NEW,
         ("GET", "/v1/adapters/{name}"): _READ,

@@ -6,9 +6,11 @@ are read directly; of others the model is built without memory (torch's meta dev
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loramux.formats.digest import base_digest, checkpoint_files
+from loramux.formats.digest import base_digest, cache_folder, checkpoint_files
 from loramux.formats.errors import FormatError
-from loramux.formats.jsonio import read_json_object
+from loramux.formats.files import write_bytes
+from loramux.formats.jsonio import canonical_json, read_json_object
 from loramux.formats.raw import EXPONENT, RawTensor, map_tensors
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from loramux.core.types import Site
 
+PIECE = 2**16  # stays in a processor's cache
 SAMPLE = 32  # entries of a weight that `persist.base` notes beside an adapter
 SCHEMA_VERSION = 1
 
@@ -90,10 +94,30 @@ class BaseShape:
 
 
 def base_shape(folder: str | Path) -> BaseShape:
-    """Read a checkpoint folder: headers for the linears, every weight once for norms and digest."""
+    """Read a checkpoint folder: headers for the linears, every weight once for norms and digest; then remembered."""
     folder = Path(folder)
+    digest, name = base_digest(folder), folder.resolve().name
+    memory = cache_folder() / f"shape-{digest}.json"
+    known = _recall(memory)
+    if known is not None:
+        return replace(known, name=name)
+    shape = _read_shape(folder, digest, name)
+    with contextlib.suppress(OSError):  # a read-only home costs time, not correctness
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(memory, canonical_json(shape.to_json()))
+    return shape
+
+
+def _recall(memory: Path) -> BaseShape | None:
+    try:
+        known = BaseShape.from_json(json.loads(memory.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return known if memory.stem.endswith(known.digest) else None
+
+
+def _read_shape(folder: Path, digest: str, name: str) -> BaseShape:
     config = read_json_object(folder / "config.json")
-    digest = base_digest(folder)
     weights = {
         name: tensor
         for path in checkpoint_files(folder)
@@ -113,7 +137,7 @@ def base_shape(folder: str | Path) -> BaseShape:
     floats = {path: weight for path, (weight, _) in found.items() if weight.dtype in EXPONENT}
     return BaseShape(
         digest,
-        folder.resolve().name,
+        name,
         shape,
         {path: norm(weight) for path, weight in floats.items()},
         {path: head(path, weight) for path, weight in floats.items()},
@@ -149,12 +173,12 @@ def meta_model(config: Mapping[str, Any]) -> nn.Module:
 
 
 def norm(weight: RawTensor) -> float:
-    """Frobenius norm, summed in double precision."""
+    """Frobenius norm: pieces in fp32, their sum in double precision."""
     rows = weight.bits.reshape(-1)
     total = 0.0
-    for at in range(0, rows.size, 2**20):
-        part = RawTensor(weight.dtype, rows[at : at + 2**20]).floats()
-        total += float(np.dot(part.astype(np.float64), part))
+    for at in range(0, rows.size, PIECE):
+        part = RawTensor(weight.dtype, rows[at : at + PIECE]).floats()
+        total += float(np.dot(part, part))
     return float(total**0.5)
 
 

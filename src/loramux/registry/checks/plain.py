@@ -18,7 +18,7 @@ from typing import Any
 from loramux.formats.errors import listed
 from loramux.formats.fields import check_config
 from loramux.formats.jsonio import read_json_object
-from loramux.formats.patterns import PatternTable, target_test
+from loramux.formats.patterns import PatternTable, target_test, worst_steps
 from loramux.formats.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, check_sites, collect_sites
 from loramux.formats.raw import RawTensor, TensorInfo, check_infos, map_tensors
 from loramux.formats.tensors import AdapterTensors, SiteTensors, refuse_no_op, zero_sites
@@ -28,6 +28,8 @@ from loramux.registry.checks.limits import UploadLimits
 from loramux.registry.checks.norms import relative_norms
 from loramux.registry.checks.stage import RECORD_NAME
 
+MAX_NAMES = 4096  # in target_modules and the like
+MAX_WORK = 1e8  # steps of all matches of all patterns, should every one go wrong: a second or two
 DTYPES = ("F16", "BF16", "F32")
 _SAFE_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
@@ -51,6 +53,7 @@ def check_plain(
     """Check one folder. An expert of a mixture may be zero, and may leave out modules its siblings have."""
     config = read_json_object(folder / CONFIG_NAME)
     check_config(config, CONFIG_NAME)
+    _check_work(config, base)
     raw = read_raw(folder / WEIGHTS_NAME, limits)
     _check_spelling(raw)
     sites: dict[str, SiteTensors] = collect_sites(raw, WEIGHTS_NAME)  # type: ignore[arg-type]
@@ -120,6 +123,32 @@ def check_record(record: Mapping[str, Any], paths: Mapping[str, object], base: B
             f"{RECORD_NAME} says that the adapter was trained on another base ({record.get('base_name')!r:.100}): the "
             f"weights of the linears it targets are not those of {base.name}; train it on this one",
             code="base_mismatch",
+        )
+
+
+def _check_work(config: Mapping[str, Any], base: BaseShape) -> None:
+    """Every pattern may be harmless by itself; a thousand of them at every linear need not be."""
+    long = [
+        key
+        for key, value in config.items()
+        if isinstance(value, list | dict) and len(value) > MAX_NAMES
+    ]
+    if long:
+        raise UploadError(
+            f"{CONFIG_NAME}: {listed(long)} has more than {MAX_NAMES:,} entries; name modules by their endings",
+            code="bad_value",
+        )
+    keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    letters = max(map(len, base.linears))
+    # A key is tried five times at every dot of a path, a whole-path expression twice.
+    each = sum(worst_steps(key, letters) for key in keys) * 5 * 6
+    each += sum(worst_steps(name, letters) for name in names if isinstance(name, str)) * 2
+    if each * len(base.linears) > MAX_WORK:
+        raise UploadError(
+            f"{CONFIG_NAME}: the patterns in rank_pattern, alpha_pattern and target_modules could take for ever to "
+            "match; write module names out, or use fewer wildcards and alternatives",
+            code="bad_pattern",
         )
 
 

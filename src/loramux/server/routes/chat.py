@@ -16,6 +16,7 @@ from loramux.server.choosing import choose
 from loramux.server.routes.common import (
     ANSWERS,
     answer_whole,
+    beside,
     call_of,
     choice_ends,
     stream_call,
@@ -35,11 +36,18 @@ def router() -> APIRouter:
         body.check_extras()
         params = asking.chat_params(body, config.limits)
         model = asking.model_of(body, config.name)
-        asked, prompt = asking.chat_prompt(services.tokenizer, body, config.limits)
+        asked, prompt = await beside(
+            asking.check_size(
+                (message.text for message in body.messages), config.limits, "messages"
+            ),
+            lambda: asking.chat_prompt(services.tokenizer, body, config.limits),
+        )
         is_default = body.max_tokens is None and body.max_completion_tokens is None
         params = asking.fit([prompt], params, services.max_length, is_default)
-        plan = await choose(services, config, model, asked, caller)
-        call = call_of(request, services, caller, plan, [prompt], params)
+        call = call_of(
+            request, services, caller,
+            lambda: choose(services, config, model, asked, caller), [prompt], params,
+        )  # fmt: skip
         words = words_of(request)
         if body.stream:
             return await stream_call(
@@ -51,7 +59,12 @@ def router() -> APIRouter:
 
 
 def _head(call: Call, kind: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{call.id}", "object": kind, "created": call.created, "model": call.plan.label}  # fmt: skip
+    return {
+        "id": f"chatcmpl-{call.id}",
+        "object": kind,
+        "created": call.created,
+        "model": call.plan.label,
+    }
 
 
 def _whole(call: Call, body: ChatBody, words: replies.Words) -> dict[str, Any]:

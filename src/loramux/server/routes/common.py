@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -27,6 +27,8 @@ from loramux.server.streams import (
     unless_gone,
 )
 
+T = TypeVar("T")
+LONG_CHARS = 8192
 GONE = 499  # as nginx has it; nobody reads it
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
@@ -48,12 +50,17 @@ def call_of(
     request: Request,
     services: Services,
     caller: Any,
-    plan: Plan,
+    choose: Callable[[], Awaitable[Plan]],
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
 ) -> Call:
     """The call, under an id of its own."""
-    return Call(services, uuid.uuid4().hex, caller, plan, prompts, params)
+    return Call(services, uuid.uuid4().hex, caller, choose, prompts, params)
+
+
+async def beside(num_chars: int, work: Callable[[], T]) -> T:
+    """What `work` returns; in a thread where the text is so long that the event loop would feel it."""
+    return await asyncio.to_thread(work) if num_chars > LONG_CHARS else work()
 
 
 def words_of(request: Request) -> replies.Words:

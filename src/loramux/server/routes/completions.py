@@ -21,6 +21,7 @@ from loramux.server.choosing import choose
 from loramux.server.routes.common import (
     ANSWERS,
     answer_whole,
+    beside,
     call_of,
     choice_ends,
     stream_call,
@@ -40,10 +41,16 @@ def router() -> APIRouter:
         body.check_extras()
         params = asking.completion_params(body, config.limits)
         model = asking.model_of(body, config.name)
-        asked, prompts = asking.completion_prompts(services.tokenizer, body, config.limits)
+        given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        asked, prompts = await beside(
+            asking.check_size((p for p in given if isinstance(p, str)), config.limits, "prompt"),
+            lambda: asking.completion_prompts(services.tokenizer, body, config.limits),
+        )
         params = asking.fit(prompts, params, services.max_length, body.max_tokens is None)
-        plan = await choose(services, config, model, asked, caller)
-        call = call_of(request, services, caller, plan, prompts, params)
+        call = call_of(
+            request, services, caller,
+            lambda: choose(services, config, model, asked, caller), prompts, params,
+        )  # fmt: skip
         texts = _Texts(services.tokenizer, words_of(request))
         if body.stream:
             return await stream_call(
@@ -65,7 +72,12 @@ class _Texts:
 
 
 def _head(call: Call) -> dict[str, Any]:
-    return {"id": f"cmpl-{call.id}", "object": "text_completion", "created": call.created, "model": call.plan.label}  # fmt: skip
+    return {
+        "id": f"cmpl-{call.id}",
+        "object": "text_completion",
+        "created": call.created,
+        "model": call.plan.label,
+    }
 
 
 def _whole(call: Call, body: CompletionBody, texts: _Texts) -> dict[str, Any]:

@@ -1,0 +1,84 @@
+"""From a YAML to a running server: real base, registry, retrieval and receipts; and what stays after a restart."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+from fastapi.testclient import TestClient
+
+from engine.helpers import write_peft
+from loramux.server.app import create_app
+from loramux.server.build import build_services
+from loramux.server.config import load_config
+from loramux.server.receipts import parse, verify
+from loramux.server.signing import PublicKeys
+from pico import build_pico, pico_tokenizer
+from server.rig import LOCAL
+
+
+def start(file: Path) -> TestClient:
+    config = load_config(file)
+    return TestClient(create_app(config, build_services(config)), base_url=LOCAL)
+
+
+def archive(folder: Path) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors"):
+                file.writestr(path.name, path.read_bytes())
+    return out.getvalue()
+
+
+def test_a_server_from_a_file_serves_uploads_finds_them_and_signs_what_answered(tmp_path):
+    build_pico("llama").save_pretrained(tmp_path / "base")
+    pico_tokenizer().save_pretrained(str(tmp_path / "base"))
+    file = tmp_path / "serve.yaml"
+    file.write_text(
+        "base: base\nmodel_name: pico\nregistry: {root: reg}\nretrieval: {encoder: none, threshold: 0.05}\n"
+        "engine: {kv_memory: 4MiB}\n"
+    )
+    topics = {"law": "court judge lease clause", "food": "oven sugar flour bake"}
+    answers = {}
+    with start(file) as http:
+        for place, (name, words) in enumerate(topics.items()):
+            samples = json.dumps([f"{words} {i}" for i in range(12)])
+            made = http.post(
+                "/v1/adapters",
+                data={"name": name, "samples": samples},
+                files={"file": ("a.zip", archive(write_peft(tmp_path / name, seed=place)))},
+            )
+            assert made.status_code == 201, made.text
+        keys = PublicKeys.from_json(http.get("/v1/receipts/key").json())
+        for model, label in (("auto", "local/law@1"), ("law*0.5+food*0.5", None), ("pico", "pico")):
+            asked = {
+                "model": model,
+                "prompt": "the judge in court",
+                "temperature": 0,
+                "max_tokens": 4,
+            }
+            body = http.post("/v1/completions", json=asked).json()
+            assert label in (None, body["model"])
+            receipt = parse(body)
+            verify(receipt, keys)
+            parts = receipt.answers[0]["parts"]
+            assert [p["ref"] for p in parts] == [p["ref"] for p in body["loramux"]["adapters"]]
+            assert all(part["content"] for part in parts)
+            answers[model] = body["choices"][0]["text"]
+    with start(file) as http:  # all of it is still there
+        assert [card["id"] for card in http.get("/v1/models").json()["data"]] == [
+            "pico",
+            "food",
+            "law",
+        ]
+        for model, text in answers.items():
+            asked = {
+                "model": model,
+                "prompt": "the judge in court",
+                "temperature": 0,
+                "max_tokens": 4,
+            }
+            body = http.post("/v1/completions", json=asked).json()
+            assert body["choices"][0]["text"] == text
+            verify(parse(body), keys)
