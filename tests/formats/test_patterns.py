@@ -76,11 +76,45 @@ def test_a_rank_for_each_of_a_thousand_sites_is_found_without_compiling_a_patter
     assert table.unused(dict.fromkeys(paths[10:])) == list(range(10))
 
 
-@pytest.mark.parametrize("pattern", ["(a+)+b", "(.*){9}x", "a*b*c*d*", "(", "x" * 5000, "[[a", "*"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b",
+        "(.*){9}x",
+        "a*b*c*d*",
+        "(",
+        "x" * 5000,
+        "[[a",
+        "*",
+        ".?" * 30 + "Z",
+        "(a|.)" * 30,
+        "(?x)#[\n.*",
+    ],
+)
 def test_patterns_that_do_not_compile_or_may_never_end_are_refused(pattern):
     with pytest.raises(FormatError) as caught:
         compile_safely(pattern, "alpha_pattern")
     assert caught.value.code == "bad_pattern"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+        r".*\.(self_attn|mlp)\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        r"model\.layers\.(\d+)\.(?:mlp|self_attn)\.[a-z?|(]+_proj",
+        r"(?:.*?\.)?q_proj",
+    ],
+)
+def test_patterns_as_people_write_them_are_taken(pattern):
+    assert compile_safely(pattern, "target_modules").pattern == pattern
+
+
+def test_a_layers_pattern_with_alternatives_or_groups_is_no_crash():
+    given = {"target_modules": ["q"], "layers_to_transform": [1], "layers_pattern": "x|layers"}
+    assert target_test(given)("model.layers.1.q") and not target_test(given)("model.layers.0.q")
+    with pytest.raises(FormatError, match="layers_pattern"):
+        target_test(given | {"layers_pattern": "(?P<idx>a)"})
 
 
 def test_scales_are_those_of_the_papers():

@@ -48,6 +48,10 @@ TEXTS = (
     "../x",
     "LORA",
     "all-linear",
+    "a|layers",
+    "(?P<idx>x)",
+    ".?" * 30 + "Z",
+    "(?x)#[",
 )
 DTYPES = ("F32", "F16", "BF16", "F64", "I8", "F8_E4M3", "F4", "BOOL", "C64", "", "f32", "PICKLE")
 RAW_JSON = (
@@ -166,6 +170,7 @@ def _config(files: dict[str, bytes], draw: random.Random) -> None:
                 *sorted(settings),
                 "auto_mapping",
                 "layers_to_transform",
+                "layers_pattern",
                 "exclude_modules",
                 "megatron_config",
                 "x",

@@ -68,6 +68,8 @@ def try_all(uploads: Iterable[tuple[str, Source | BaseException]], staging: Path
             tally.codes[error.code] += 1
             if str(staging) in str(error):
                 tally.faults.append(f"{label}: the message shows where copies lie")
+            if not str(error).isprintable():
+                tally.faults.append(f"{label}: the message holds control codes: {str(error)!a}")
         except Exception as error:  # what is looked for: anything but the one error is a fault
             tally.codes["fault"] += 1
             tally.faults.append(f"{label}: {type(error).__name__}: {error}"[:300])

@@ -10,8 +10,11 @@ import torch
 
 import loramux
 from engine.crowd import assert_close, build_engine, dense_logits, greedy, random_prompt, record
+from loramux.core.router import RouteView
+from loramux.core.types import Route
 from loramux.engine.ramole import RamolePool, assemble_for_engine
 from loramux.formats.errors import FormatError
+from loramux.methods.ramole import RouterLoRA
 from loramux.persist.ramole import assemble, pool_key, pool_name, read_router
 from methods.frozen_case import IDS, Frozen, random_experts
 from methods.ramole_case import routed
@@ -96,6 +99,32 @@ def test_an_engine_answers_mixed_batches_of_sets_as_the_core_does(trained: Train
         wanted = dense_logits(handle, names[i % 4], [*prompt, *completion.token_ids], len(prompt))
         for place in range(len(completion.token_ids)):
             assert_close(seen[str(i), len(prompt) + place], wanted[place], (i, place))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_requests_of_one_set_that_decode_are_asked_for_in_one_call(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, fails: bool
+):
+    """Also where the call for several fails: then each is asked for alone, and answered as ever."""
+    original, sizes = RouterLoRA.forward, []
+
+    def forward(router: RouterLoRA, view: RouteView, incoming: Route) -> Route:
+        sizes.append(view.num_requests)
+        if fails and view.num_requests > 1:
+            raise RuntimeError("several at once")
+        return original(router, view, incoming)
+
+    draw = random.Random(5)
+    requests = [greedy(random_prompt(draw, 5, 9), "set", 4, id=str(i)) for i in range(3)]
+    with build_engine() as engine:
+        parts = {id_: trained.folders[id_] for id_ in trained.ids[:3]}
+        engine.add_adapter("set", assemble_for_engine(engine, parts, trained.router))
+        alone = [engine.generate([request])[0][0].token_ids for request in requests]
+        monkeypatch.setattr(RouterLoRA, "forward", forward)
+        done = engine.generate(requests)
+    assert [completion.token_ids for (completion,) in done] == alone
+    assert set(sizes) == {1, 3}
+    assert (sizes.count(1) == 3 * 14) is not fails
 
 
 # -- the pool --------------------------------------------------------------------------------------

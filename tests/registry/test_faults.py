@@ -26,11 +26,13 @@ CODES = {
     errno.EACCES: "storage_read_only",
     errno.EIO: "storage",
 }
-CALLS = ("fsync", "replace", "fchmod")
+FAULTS = (
+    *(("fsync", errno.ENOSPC), ("replace", errno.ENOSPC), ("fchmod", errno.EDQUOT)),
+    *(("fsync", errno.EIO), ("replace", errno.EROFS), ("fchmod", errno.EACCES)),
+)
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("number", CODES, ids=errno.errorcode.get)
+@pytest.mark.parametrize(("call", "number"), FAULTS)
 def test_a_failing_disk_is_one_clear_error_with_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
 ) -> None:

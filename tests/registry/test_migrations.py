@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,3 +105,20 @@ def test_a_database_of_a_newer_program_is_refused(engine: Engine) -> None:
     with pytest.raises(RegistryError, match="upgrade loramux") as refused:
         migrate(engine)
     assert refused.value.code == "newer_schema"
+
+
+def test_many_may_make_one_registry_at_once(empty_database: str, tmp_path: Path) -> None:
+    start = threading.Barrier(4)
+    seen: list[int] = []
+
+    def make() -> None:
+        start.wait()
+        with Registry.open(tmp_path / "registry", url=empty_database) as registry:
+            seen.append(registry.generation())
+
+    threads = [threading.Thread(target=make) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [1, 1, 1, 1]

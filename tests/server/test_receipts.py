@@ -6,7 +6,9 @@ import json
 import stat
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +29,8 @@ from loramux.server.receipts import (
     token_digest,
     verify,
 )
+from loramux.server.resolve import Plan
+from loramux.server.services import Outcome
 from loramux.server.signing import PublicKeys, Signer, SigningError, published
 from server.rig import client, stub_services
 
@@ -215,6 +219,59 @@ def test_openssl_agrees_on_what_was_signed(tmp_path: Path, signer: Signer) -> No
         pytest.skip("openssl is not installed")
     assert done.returncode == 0, done.stderr
     assert PublicKeys.from_file(tmp_path / "key.pem").ids == [signer.key_id]
+
+
+# --- What was pinned --------------------------------------------------------------------------------
+
+
+def outcome(plan: Plan, *completions: Completion) -> Outcome:
+    return Outcome(
+        id="call-3", created=0, caller=SimpleNamespace(tenant="ann"), plan=plan, prompts=((1, 2),),
+        params=SamplingParams(), completions=completions, debit=4, by_prompt=(completions,),
+    )  # fmt: skip
+
+
+def test_an_answer_by_other_weights_than_the_pinned_ones_is_counted_and_shown(
+    signer: Signer, caplog: pytest.LogCaptureFixture
+) -> None:
+    issuer = Issuer(signer)
+    version = SimpleNamespace(ref="ann/law@3", digest=LAW)
+    plan = Plan("ann/law@3", ((LAW, 1.0),), (version,))
+    good = completion(answered=Answered(BASE, ((LAW, "c1", 1.0),)))
+    issuer.issue(outcome(plan, good))
+    assert issuer.num_mismatched == 0
+    receipt = issuer.issue(
+        outcome(plan, replace(good, answered=Answered(BASE, ((TONE, "c2", 1.0),))))
+    )
+    assert issuer.num_mismatched == 1 and "not what was pinned" in caplog.text
+    assert receipt.answers[0]["parts"][0]["digest"] == TONE
+
+
+def test_a_set_under_a_router_names_its_members_and_the_router(signer: Signer) -> None:
+    members = {TONE: SimpleNamespace(ref="bob/tone@1"), LAW: SimpleNamespace(ref="ann/law@3")}
+    plan = Plan(
+        "router:ramole", (("set", 1.0),), router="ramole", router_digest="r" * 64,
+        assembled=SimpleNamespace(versions=members), routing={"mode": "ramole", "score": 0.5},
+    )  # fmt: skip
+    done = completion(answered=Answered(BASE, (("set", "c3", 1.0),)))
+    [answer] = Issuer(signer).issue(outcome(plan, done)).answers
+    assert answer["parts"] == [
+        {"ref": "router:ramole", "digest": "set", "weight": "1", "content": "c3"}
+    ]
+    assert answer["router"] == {
+        "ref": "ramole",
+        "digest": "r" * 64,
+        "members": [{"ref": "ann/law@3", "digest": LAW}, {"ref": "bob/tone@1", "digest": TONE}],
+    }
+    assert answer["routing"] == {"mode": "ramole", "score": "0.5"}
+
+
+def test_a_call_that_never_ran_names_what_was_pinned(signer: Signer) -> None:
+    version = SimpleNamespace(ref="ann/law@3", digest=LAW)
+    plan = Plan("ann/law@3", ((LAW, 1.0),), (version,))
+    never = completion(answered=Answered(""), token_ids=(), finish_reason="abort")
+    [answer] = Issuer(signer, base=BASE).issue(outcome(plan, never)).answers
+    assert (answer["base"], answer["parts"][0]["content"]) == (BASE, None)
 
 
 # --- From the server --------------------------------------------------------------------------------

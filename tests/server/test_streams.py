@@ -38,10 +38,16 @@ class Reader:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def ask(app: Any, reader: Reader, **fields: Any) -> None:
-    """One streamed call through the whole application, without a socket."""
+async def ask(app: Any, reader: Reader, *, late: bool = False, **fields: Any) -> None:
+    """One streamed call through the whole application, without a socket. late: half of the body never comes."""
     body = json.dumps({"model": "law", "prompt": "x", "stream": True, **fields}).encode()
-    first = [{"type": "http.request", "body": body, "more_body": False}]
+    first = [
+        {
+            "type": "http.request",
+            "body": body[: len(body) // 2] if late else body,
+            "more_body": late,
+        }
+    ]
 
     async def receive() -> Any:
         return first.pop() if first else await reader.receive()
@@ -116,15 +122,30 @@ def test_two_hundred_streams_of_which_some_leave_and_some_stall_leave_nothing_be
         return reader
 
     async def main() -> None:
-        for _ in range(2):
+        counts = []
+        for _ in range(3):
             readers = await asyncio.gather(*(one(place) for place in range(200)))
             whole = [r for place, r in enumerate(readers) if place % 10 != 1 and place % 5 != 2]
             assert all(reader.body.endswith(DONE) for reader in whole)
             assert services.engine.running == services.gate.num_inflight == 0
-        gc.collect()
+            del readers, whole
+            gc.collect()
+            counts.append(len(gc.get_objects()))
         assert len(asyncio.all_tasks()) == 1
+        assert counts[-1] - counts[1] < 200, counts  # a round is two hundred streams
 
     asyncio.run(main())
+
+
+def test_a_body_that_does_not_arrive_is_refused():
+    app = create_app(config(limits={"read_timeout_s": 0.02}), stub_services())
+    reader = Reader()
+
+    async def main() -> None:
+        await asyncio.wait_for(ask(app, reader, late=True), 1)
+
+    asyncio.run(main())
+    assert reader.sent[0]["status"] == 408
 
 
 def test_an_answer_that_takes_too_long_is_ended():

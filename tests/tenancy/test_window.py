@@ -81,7 +81,7 @@ def test_what_starts_within_any_minute_is_never_more_than_the_limit(steps):
 @pytest.mark.parametrize("late_s", [0.0, 30.0, 59.0])
 def test_settling_late_or_out_of_order_keeps_the_books(late_s):
     window = Window()
-    for second in range(50):
+    for _ in range(50):
         window.reserve(2)
     for second in reversed(range(50)):
         window.settle(2, 1, float(second), 49.0 + late_s)

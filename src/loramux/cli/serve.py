@@ -60,6 +60,7 @@ def _run(config: ServerConfig) -> None:
         access_log=False,  # paths of adapters are not for every log
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
+        limit_concurrency=config.limits.max_connections,
         h11_max_incomplete_event_size=64 * 1024,
     )
 

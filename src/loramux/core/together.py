@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from loramux.core.bank import Rows
 from loramux.core.state import State
 from loramux.core.types import Site
 from loramux.ops.rows import fold_rows, to_rows
+from loramux.ops.segments import Segment
+from loramux.ops.segments import linear as segmented
 
 if TYPE_CHECKING:
     from loramux.core.dispatch import Dispatch
@@ -70,11 +73,26 @@ class Together:
         plans = [self._plan(share, site) for share in self.shares]
         if not any(plans):
             return linear.base_layer(x)  # type: ignore[no-any-return]
-        x_parts = self.split(x, self._sizes(site))
-        y_parts = self._base(linear, x, x_parts, plans)
+        # What is a plain LoRA is added by the function that multiplies the base, in place.
+        segments = self._segments(linear, plans)
+        done = [
+            segment.a is not None or plan is None
+            for segment, plan in zip(segments, plans, strict=True)
+        ]
+        if any(segment.a is not None for segment in segments):
+            base = linear.base_layer
+            y = segmented(x.reshape(-1, x.shape[-1]), base.weight, base.bias, segments)
+            if all(done):
+                return y.view(*x.shape[:-1], site.d_out)
+            x_parts, y_parts = self.split(x, self.tokens), list(y.split(self.tokens))
+        else:
+            x_parts = self.split(x, self._sizes(site))
+            y_parts = self._base(linear, x, x_parts, plans)
         out = []
-        for share, plan, y, own in zip(self.shares, plans, y_parts, x_parts, strict=True):
-            if plan is None:
+        for share, plan, y, own, is_done in zip(
+            self.shares, plans, y_parts, x_parts, done, strict=True
+        ):
+            if plan is None or is_done:
                 out.append(y)
                 continue
             draws = any(part.dropout > 0 or part.late is not None for part in plan.parts)
@@ -141,6 +159,17 @@ class Together:
 
     # --- Inside ------------------------------------------------------------------------------------
 
+    def _segments(self, linear: LoraLinear, plans: Sequence[Plan | None]) -> list[Segment]:
+        """The shares with a plain LoRA here; none where FFN rows are not tokens, or the base is no plain linear."""
+        path = linear.path
+        as_tokens = all(plan is None or plan.row_map is None for plan in plans)
+        if path in self.dispatch.unfused or not as_tokens or torch.is_autocast_enabled():
+            return [Segment(num) for num in self.tokens]
+        return [
+            Segment(num) if plan is None else _segment(num, plan)
+            for num, plan in zip(self.tokens, plans, strict=True)
+        ]
+
     def _base(
         self,
         linear: LoraLinear,
@@ -189,3 +218,17 @@ class Together:
             yield
         finally:
             dispatch.state, dispatch.together = None, self
+
+
+def _segment(num_rows: int, plan: Plan) -> Segment:
+    """A plan that is one expert on all rows with weight 1 and nothing else, as a segment."""
+    if len(plan.parts) != 1:
+        return Segment(num_rows)
+    (part,) = plan.parts
+    rows, pairs = part.rows, part.pairs
+    if part.dense is not None or part.late is not None or part.dropout > 0 or pairs is None:
+        return Segment(num_rows)
+    is_plain = isinstance(rows, Rows) and rows.magnitude is None and rows.is_plain
+    if not is_plain or pairs.one_slot != 0 or not pairs.identity or not pairs.is_unweighted:
+        return Segment(num_rows)
+    return Segment(num_rows, rows.a, rows.b, rows.spans.scale[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -147,28 +147,55 @@ def ask_router(entry: Entry, router: Router, own_nD: Tensor) -> Route:
     """
     if entry.sample.failure is None:
         try:
-            return _run_router(entry, router, own_nD)
+            return _run_router([entry], router, own_nD)
         except Exception as error:
             log.exception("request %s: a router failed", entry.sample.request_id)
             entry.fail(f"the router of {entry.content.method.title} failed: {error}")
     return Route(weight=torch.zeros(own_nD.shape[0], entry.width, device=own_nD.device))
 
 
-def _run_router(entry: Entry, router: Router, own_nD: Tensor) -> Route:
-    n = own_nD.shape[0]
+def ask_routers(entries: Sequence[Entry], router: Router, own: Sequence[Tensor]) -> list[Route]:
+    """The routes of entries of one content, one token each, in one call of their router; of a single entry whatever it
+    is. Where the call fails they are asked one by one, so that only who is at fault ends.
+    """
+    if len(entries) > 1 and all(entry.sample.failure is None for entry in entries):
+        try:
+            route = _run_router(entries, router, torch.cat(list(own)))
+            return [_row_of(route, row) for row in range(len(entries))]
+        except Exception:
+            log.debug("a router failed on %d requests at once", len(entries))
+    return [ask_router(entry, router, x_nD) for entry, x_nD in zip(entries, own, strict=True)]
+
+
+def _row_of(route: Route, row: int) -> Route:
+    at = slice(row, row + 1)
+    return replace(
+        route,
+        slot=None if route.slot is None else route.slot[at],
+        weight=None if route.weight is None else route.weight[at],
+        gate=None if route.gate is None else route.gate[at],
+    )
+
+
+def _run_router(entries: Sequence[Entry], router: Router, own_nD: Tensor) -> Route:
+    """One entry, or several of one token each."""
+    n, entry = own_nD.shape[0], entries[0]
     device = own_nD.device
+    request_N = torch.zeros(n, dtype=torch.long, device=device)
+    if len(entries) > 1:
+        request_N = torch.arange(n, device=device)
     prompt = torch.arange(n, device=device) < entry.prompt_left
     mask = entry.content.adapter.mask
     view = RouteView(
         x_ND=own_nD,
-        request_N=torch.zeros(n, dtype=torch.long, device=device),
+        request_N=request_N,
         prompt_N=prompt,
         valid_N=torch.ones(n, dtype=torch.bool, device=device),
-        num_requests=1,
+        num_requests=len(entries),
         training=False,
         record=_no_record,
         mask_E=None if mask is None else torch.tensor(mask, device=device),
-        tasks=(entry.sample.request.task,),
+        tasks=tuple(one.sample.request.task for one in entries),
     )
     route: Route = router(view, EVERYTHING)
     return route

@@ -162,7 +162,9 @@ class Program:
     def fill(self, entry: Entry, sites: Sequence[int], gate_nE: Tensor) -> None:
         """Set an entry's weights at some sites: [n, E] per token, times its weight in the mix."""
         flat = (gate_nE[:, : entry.width] * entry.weight).reshape(-1).to(self.weight)
-        if self.differs:
+        if self.differs and len(sites) == 1:
+            self.weight[sites[0], entry.pairs] = flat
+        elif self.differs:
             self.weight[torch.tensor(sites), entry.pairs] = flat
         else:
             self.weight[0, entry.pairs] = flat
@@ -214,7 +216,7 @@ class Program:
 
     @cached_property
     def sited_alike(self) -> dict[str, list[list[Entry]]]:
-        """The same, in lists of those that one call can ask: tokens that decode, of one content."""
+        """The same, in lists that one call can ask for: tokens that decode under one content; all else by itself."""
         found: dict[str, list[list[Entry]]] = {}
         for path, entries in self.sited.items():
             lists = found[path] = []

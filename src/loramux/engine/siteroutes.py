@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loramux.core.types import Route
 from loramux.engine.blockrows import BlockRows
-from loramux.engine.latecalls import ask_router
+from loramux.engine.latecalls import ask_routers
 from loramux.engine.program import Entry, Program
 
 if TYPE_CHECKING:
@@ -29,20 +29,21 @@ def route_sites(program: Program, group: Group, x: Tensor) -> None:
         if site is None or index is None:
             continue
         rows = program.blocks.get(site.block) if site.role != "plain" else None
-        for entry in program.sited.get(path, ()):
-            own = entry.tokens
-            if rows is not None and site.role == "exit":
-                own_nI = rows_in[rows.first_N[own]]
-            else:
-                own_nI = rows_in[own]
-            router = entry.facts.sited[path]
-            route = ask_router(entry, router, own_nI)
-            gate_nE = dense(route, entry)
-            program.fill(entry, (index,), gate_nE)
-            if router.when == "prompt":
-                program.keep(entry, (index,), gate_nE[0])
-            if rows is not None:
-                _fill_rows(rows, entry, index, gate_nE)
+        for entries in program.sited_alike.get(path, ()):
+            own = [_own_rows(e, rows_in, rows if site.role == "exit" else None) for e in entries]
+            routes = ask_routers(entries, entries[0].facts.sited[path], own)
+            for entry, route in zip(entries, routes, strict=True):
+                gate_nE = dense(route, entry)
+                program.fill(entry, (index,), gate_nE)
+                if entry.facts.sited[path].when == "prompt":
+                    program.keep(entry, (index,), gate_nE[0])
+                if rows is not None:
+                    _fill_rows(rows, entry, index, gate_nE)
+
+
+def _own_rows(entry: Entry, rows_in: Tensor, rows: BlockRows | None) -> Tensor:
+    """An entry's tokens among the rows of a call; `rows`: where the rows of an FFN's exit lie."""
+    return rows_in[entry.tokens] if rows is None else rows_in[rows.first_N[entry.tokens]]
 
 
 def _fill_rows(rows: BlockRows, entry: Entry, index: int, gate_nE: Tensor) -> None:

@@ -174,7 +174,9 @@ def _layer_test(config: Mapping[str, Any]) -> Callable[[str], bool]:
         names = [patterns] if isinstance(patterns, str) else patterns
         for name in names:
             compile_safely(name, "layers_pattern")
-        regexes = [re.compile(rf"(?:^|.*?\.){name}\.(?P<idx>\d+)\.") for name in names]
+        # In a group of its own: the alternatives of a name must not end before the index.
+        whole = [rf"(?:^|.*?\.)(?:{name})\.(?P<idx>\d+)\." for name in names]
+        regexes = [compile_safely(pattern, "layers_pattern") for pattern in whole]
 
     def test(path: str) -> bool:
         match = next((m for regex in regexes if (m := regex.match(path))), None)

@@ -6,6 +6,7 @@ there is nothing to change. Migrations are numbered files in a line; the last on
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loramux.registry.db import begin, reading
 from loramux.registry.errors import RegistryError
 
 FOLDER = Path(__file__).parent / "migrations"
+_ALEMBIC = threading.Lock()  # its context belongs to the process, not to a call
 _ADVISORY_LOCK = 0x6C6F7261  # "lora": one process migrates a PostgreSQL database at a time
 
 
@@ -37,7 +39,7 @@ def migrate(engine: Engine, target: str = "head") -> None:
             f"({known[-1]!r}); upgrade loramux",
             code="newer_schema",
         )
-    with begin(engine) as connection:
+    with _ALEMBIC, begin(engine) as connection:
         if engine.dialect.name == "postgresql":
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
         run_alembic(connection, "upgrade", target)

@@ -115,7 +115,7 @@ class Segment:
         )
 
     @cached_property
-    def _postings(self) -> tuple[Rows, Ints, Floats]:
+    def postings(self) -> tuple[Rows, Ints, Floats]:
         """Starts by bucket, then rows and values; within a bucket rows rise."""
         row_of = np.repeat(np.arange(len(self), dtype=np.int32), np.diff(self.starts))
         order = np.argsort(self.buckets, kind="stable")
@@ -137,7 +137,7 @@ class Segment:
         return sums
 
     def _all_sums(self, gains: Sparse) -> NDArray[np.float64]:
-        starts, rows, values = self._postings
+        starts, rows, values = self.postings
         sums = np.zeros(len(self), np.float64)
         for bucket, gain in zip(gains.buckets.tolist(), gains.values, strict=True):
             part = slice(starts[bucket], starts[bucket + 1])

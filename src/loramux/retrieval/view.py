@@ -22,7 +22,7 @@ from loramux.retrieval.segment import Rows, Segment, row_products
 from loramux.retrieval.text import Floats, Sparse
 from loramux.retrieval.where import EVERYTHING, Mark, Where
 
-FEW = 8  # where at most one row in so many is a candidate, rows are scored one by one
+FEW = 64  # where at most one row in so many is a candidate, rows are scored one by one: measured at 100,000
 MAX_CACHED = 256  # conditions whose rows are remembered per view
 
 
@@ -39,6 +39,7 @@ class Block:
     @classmethod
     def of(cls, segment: Segment, first: int, background: Background) -> Block:
         lengths = segment.lexical_lengths(background)
+        segment.postings  # noqa: B018 - built now, or the first search would pay for it
         return cls(segment, first, lengths, *segment.dense_offsets(background))
 
 

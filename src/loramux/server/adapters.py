@@ -139,7 +139,7 @@ def router() -> APIRouter:
         def run() -> None:
             target: Any = ref if "@" in name else f"{ref.tenant}/{ref.name}"
             services.registry.delete(target, actor=actor_of(caller), force=force)
-            audit(services, caller, "adapter.delete", name)
+            audit(services, caller, "adapter.delete", f"{ref.tenant}/{name}")
 
         await in_thread(run)
         return {"object": "adapter.deleted", "id": name, "deleted": True}

@@ -76,9 +76,7 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
     for name in ROUTES:
         app.include_router(importlib.import_module(name).router())
     observe.install(app, config, services)
-    app.add_middleware(
-        Outer, services=services, body_bytes=limits.body_bytes, is_local=services.tenancy is None
-    )
+    app.add_middleware(Outer, services=services, limits=limits, is_local=services.tenancy is None)
     check_routes(app)
     describe(app, has_keys=services.tenancy is not None)
     return app

@@ -5,6 +5,7 @@ Why plain ASGI: Starlette's middleware class copies every chunk of a stream thro
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import logging
 import uuid
@@ -15,6 +16,8 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from loramux.server.auth import check_key
+from loramux.server.config import LimitsConfig
 from loramux.server.errors import ApiError, envelope, response_of
 from loramux.server.services import Services
 
@@ -33,9 +36,9 @@ _INFERENCE = ("/v1/chat/", "/v1/completions", "/v1/embeddings")
 class Outer:
     """The outermost layer of the application."""
 
-    def __init__(self, app: App, services: Services, body_bytes: int, is_local: bool):
+    def __init__(self, app: App, services: Services, limits: LimitsConfig, is_local: bool):
         self.app, self.services = app, services
-        self.body_bytes, self.is_local = body_bytes, is_local
+        self.limits, self.is_local = limits, is_local
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,6 +82,7 @@ class Outer:
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         """Without keys only this machine may call, and no web page through its user's browser."""
         if not self.is_local:
+            check_key(self.services, scope)
             return
         headers = dict(scope["headers"])
         hosts = [headers.get(b"host", b"").decode("latin-1")]
@@ -92,17 +96,24 @@ class Outer:
             )
 
     def _capped(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
-        limit = self.body_bytes
+        limit = self.limits.body_bytes
         refusal = ApiError(f"the body exceeds {limit} bytes", code="too_large")
         given = dict(scope["headers"]).get(b"content-length", b"0")
         if given.isdigit() and int(given) > limit:
             raise refusal
-        seen = 0
+        seen, is_whole = 0, False
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, is_whole
+            if is_whole:  # what may still come is that the client goes away
+                return await receive()
+            try:
+                async with asyncio.timeout(self.limits.read_timeout_s):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(408, "the body did not arrive in time") from None
             if message["type"] == "http.request":
+                is_whole = not message.get("more_body", False)
                 seen += len(message.get("body", b""))
                 if seen > limit:  # FastAPI lets only its own exception out of reading a body
                     raise HTTPException(413, str(refusal))

@@ -5,14 +5,18 @@ Why in front of all: a route that forgets to ask would be open. The table of rul
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from typing import Annotated, Any, cast
 
 from fastapi import Depends, Request
 
-from loramux.server.errors import ApiError
+from loramux.server.errors import ApiError, as_api_error
 from loramux.server.services import Services
 from loramux.tenancy.caller import Caller
-from loramux.tenancy.policy import ALLOW, NO_KEY, PUBLIC, decide, rule_of
+from loramux.tenancy.errors import AuthError
+from loramux.tenancy.policy import ALLOW, NO_KEY, POLICY, PUBLIC, decide, rule_of
+
+OPEN_PATHS = frozenset(path for (_, path), rule in POLICY.items() if rule.scope == PUBLIC)
 
 
 def services_of(request: Request) -> Services:
@@ -40,6 +44,19 @@ async def authorise(request: Request) -> None:
         scope = "no scope" if rule is None else f"the scope {rule.scope!r}"
         raise ApiError(f"this needs {scope}, which the key lacks", code="permission_denied")
     request.state.caller = caller
+
+
+def check_key(services: Services, scope: MutableMapping[str, Any]) -> None:
+    """Before anything else of a request is looked at: FastAPI reads the body before it asks `authorise`.
+
+    Paths that are no route need a key as well, so that without one there is nothing to find out.
+    """
+    if services.tenancy is None or scope["path"] in OPEN_PATHS:
+        return
+    try:
+        services.tenancy.keys.authenticate(bearer(Request(scope)))
+    except AuthError as error:
+        raise as_api_error(error) from None
 
 
 def bearer(request: Request) -> str | None:

@@ -82,8 +82,12 @@ class Call:
 
     @property
     def debit(self) -> int:
-        """What it used: all its prompts, whatever they were cut off by, and what was drawn."""
-        if not self._is_running:
+        """What it used: all its prompts, whatever they were cut off by, and what was drawn.
+
+        Who leaves before the first token pays for the prompts as well, or long ones would be read for nothing.
+        """
+        was_refused = not self._is_running and self.failure in ("invalid_request", "overloaded")
+        if not self._is_asked or was_refused:
             return 0
         return sum(len(prompt) for prompt in self.prompts) + self._num_generated
 
@@ -92,7 +96,7 @@ class Call:
 
     async def _leave(self, failure: str | None) -> None:
         if self._reservation is not None:
-            if self._is_running:
+            if self.debit:
                 self._reservation.settle(self.debit)
             else:
                 self._reservation.cancel()

@@ -72,6 +72,10 @@ class LimitsConfig(_Strict):
     max_tokens: int = Field(4096, ge=1, description="new tokens of one sample at most")
     default_max_tokens: int = Field(256, ge=1, description="where a chat request names none")
     body_bytes: int = Field(4 * 2**20, ge=1024, description="of a JSON body")
+    max_connections: int = Field(2048, ge=1, description="open connections; more are turned away")
+    read_timeout_s: float = Field(
+        20.0, gt=0, description="silence within a body before it is refused"
+    )
     request_timeout_s: float = Field(600.0, gt=0)
     write_timeout_s: float = Field(20.0, gt=0, description="a reader slower than this is cut off")
     heartbeat_s: float = Field(
@@ -95,8 +99,10 @@ class RetrievalConfig(_Strict):
     )
     k: int = Field(3, ge=1, le=64, description="hits shown, and mixed where `mode` says so")
     mode: Literal["selection", "mixture"] = "selection"
+    # Ours: below it a prompt shares next to no words with any adapter's samples. A value of one's own pool is better
+    # (`loramux.retrieval.abstain_threshold`).
     threshold: float | None = Field(
-        None, description="abstain below it; the retriever's own without it"
+        0.05, description="least lexical score of the best; below it the base answers. null: never"
     )
     qdrant_url: str | None = None
     ramole_router: str | None = Field(None, description="folder of a trained RAMoLE router")

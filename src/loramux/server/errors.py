@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from loramux.errors import LoramuxError
+from loramux.formats.errors import FormatError
+from loramux.registry.errors import Corrupt, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ TYPES: Mapping[int, str] = {
 _HTTP_CODES: Mapping[int, str] = {
     404: "not_found",
     405: "method_not_allowed",
+    408: "timeout",
     413: "too_large",
     415: "unsupported_media_type",
 }
@@ -79,12 +82,11 @@ def as_api_error(error: LoramuxError) -> ApiError:
     """What a lower layer's error is to a client. Errors without a code say what the user gave, never where it lies."""
     if isinstance(error, ApiError):
         return error
-    code = getattr(error, "code", None)
-    if not isinstance(code, str):
-        log.warning("an error without a code reached a client as 'invalid_request': %s", error)
-        return ApiError(
-            "this cannot be done as asked; the server's log says why", code="invalid_request"
-        )
+    hidden = _hidden(error)
+    if hidden is not None:
+        log.error("a client was told %r for: %s", hidden.code, error)
+        return hidden
+    code = str(error.code)  # type: ignore[attr-defined]
     headers = dict(getattr(error, "headers", None) or {})
     wait = getattr(error, "retry_after_s", None)
     if wait is not None:
@@ -94,6 +96,17 @@ def as_api_error(error: LoramuxError) -> ApiError:
         str(error), code=code, status=status if isinstance(status, int) else None,
         param=getattr(error, "param", None), headers=headers,
     )  # fmt: skip
+
+
+def _hidden(error: LoramuxError) -> ApiError | None:
+    """What stands for an error whose own text is the operator's: it may hold paths. None for all others."""
+    if isinstance(error, StorageError):
+        return ApiError("the registry cannot be reached; try again", code="storage", status=503)
+    if isinstance(error, FormatError | Corrupt):
+        return ApiError("the adapter cannot be read", code="adapter_unreadable", status=500)
+    if not isinstance(getattr(error, "code", None), str):
+        return ApiError("this cannot be done as asked", code="invalid_request")
+    return None
 
 
 def response_of(error: LoramuxError) -> JSONResponse:

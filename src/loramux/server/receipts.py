@@ -74,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Router:
-    """What mixed, and its own content. `members`: (ref, digest) of the adapters that were put under it for this call."""
+    """What mixed, and its own content. `members`: (ref, digest) of the adapters put under it for this call."""
 
     ref: str
     digest: str

@@ -81,7 +81,7 @@ def router() -> APIRouter:
                 if expect == MUST_NOT_EXIST:
                     raise ApiError("the alias exists already", code="precondition_failed") from None
                 raise
-            audit(services, caller, "alias.set", f"{name}@{alias}", {"version": body.version})
+            audit(services, caller, "alias.set", f"{pointed}", {"version": body.version})
             return services.registry.resolve(target, caller=caller.tenant)
 
         moved = await in_thread(move)
@@ -114,7 +114,7 @@ async def _share(
     def run() -> None:
         change = getattr(services.registry, verb)
         change(f"{ref.tenant}/{ref.name}", tenant, actor=actor_of(caller))
-        audit(services, caller, f"adapter.{verb}", name, {"tenant": tenant})
+        audit(services, caller, f"adapter.{verb}", f"{ref.tenant}/{ref.name}", {"tenant": tenant})
 
     await in_thread(run)
     return {"object": "adapter.share", "id": name, "tenant": tenant, "shared": verb == "share"}

@@ -92,7 +92,7 @@ class Audit:
         while left is None or left > 0:
             size = _PAGE if left is None else min(_PAGE, left)
             page = self._page(after, size)
-            yield from (_entry(row._mapping) for row in page)
+            yield from (_entry(row._asdict()) for row in page)
             if len(page) < size:
                 return
             after = page[-1].id
@@ -110,7 +110,7 @@ class Audit:
             wanted = connection.execute(select(audit_head.c.num_entries, audit_head.c.hash)).one()
         while page := self._page(at, _PAGE):
             for row in page:
-                _check(row._mapping, at + 1, previous)
+                _check(row._asdict(), at + 1, previous)
                 at, previous = row.id, row.hash
                 if known is not None and at == known.num_entries and previous != known.hash:
                     raise AuditError(f"entry {at} is not the one that the head given was taken of")

@@ -154,10 +154,10 @@ class KeyCache:
         ).all()
         touched = {row.id for row in new_keys}
         for row in new_keys:
-            self._rows[row.id] = dict(row._mapping)
+            self._rows[row.id] = row._asdict()
         if new_tenants:
             names = {row.name for row in new_tenants}
-            self._tenants |= {row.name: as_tenant(row._mapping) for row in new_tenants}
+            self._tenants |= {row.name: as_tenant(row._asdict()) for row in new_tenants}
             touched |= {key for key, held in self._rows.items() if held["tenant"] in names}
         for key_id in touched:
             self._entries[key_id] = self._entry(key_id)

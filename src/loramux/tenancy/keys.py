@@ -149,7 +149,7 @@ class Keys:
             if tenant is not None:
                 get_tenant(connection, tenant)
                 query = query.where(tables.keys.c.tenant == tenant)
-            return [as_key(row._mapping) for row in connection.execute(query)]
+            return [as_key(row._asdict()) for row in connection.execute(query)]
 
     def _insert(
         self,
@@ -188,7 +188,7 @@ def _get(connection: Connection, key_id: str) -> Key:
             "key_not_found",
             f"there is no key {key_id!r:.40}; give the id that `loramux key list` shows",
         )
-    return as_key(row._mapping)
+    return as_key(row._asdict())
 
 
 def _update(connection: Connection, key_id: str, changed: int, **values: Any) -> None:

@@ -39,7 +39,7 @@ class Tenant:
 def find(connection: Connection, name: str) -> Tenant | None:
     rows = connection.execute(select(tables.tenants).where(tables.tenants.c.name == name))
     row = rows.first()
-    return None if row is None else as_tenant(row._mapping)
+    return None if row is None else as_tenant(row._asdict())
 
 
 def get(connection: Connection, name: str) -> Tenant:

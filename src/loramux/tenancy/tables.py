@@ -108,4 +108,4 @@ def bump(connection: Connection) -> int:
 
 
 def current(connection: Connection) -> int:
-    return connection.execute(select(state.c.generation)).scalar_one()
+    return int(connection.execute(select(state.c.generation)).scalar_one())

@@ -59,7 +59,7 @@ class Tenants:
     def list(self) -> list[Tenant]:
         with reading(self._engine) as connection:
             rows = connection.execute(select(tables.tenants).order_by(tables.tenants.c.name))
-            return [as_tenant(row._mapping) for row in rows]
+            return [as_tenant(row._asdict()) for row in rows]
 
     def set_limits(self, name: str, limits: Limits, *, actor: str) -> Tenant:
         """From the next request on, in all processes within a second."""

@@ -71,9 +71,12 @@ CODES: Mapping[str, str] = MappingProxyType(
 
 
 class UploadError(LoramuxError):
-    """An upload that is refused: what was found, what is allowed, what to do; `code` is one of CODES."""
+    """An upload that is refused: what was found, what is allowed, what to do; `code` is one of CODES.
+
+    Messages quote what came in, at times by way of other people's parsers: control codes are escaped.
+    """
 
     def __init__(self, message: str, *, code: str):
-        super().__init__(message)
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
         assert code in CODES, f"{code!r} is not in CODES"
         self.code = code

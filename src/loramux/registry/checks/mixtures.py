@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from loramux.registry.checks.check import Checked
 
 IN_MEMORY = "model:"  # how the digest of a base that had no folder begins; it cannot be compared
-LARGEST_SETTING = 2**16  # of a whole number in a method's settings: counts, widths, steps
+LARGEST_SETTING = (
+    2**13
+)  # of a whole number in a method's settings: counts and widths; modules are made of some
 MOST_VALUES = 100_000  # in a method's settings, nested ones included
 
 

@@ -139,7 +139,9 @@ def _check_work(config: Mapping[str, Any], base: BaseShape) -> None:
             code="bad_value",
         )
     keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    names = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    layers = config.get("layers_pattern")
+    names = [config.get(key) for key in ("target_modules", "exclude_modules")]
+    names += layers if isinstance(layers, list) else [layers]
     letters = max(map(len, base.linears))
     # A key is tried five times at every dot of a path, a whole-path expression twice.
     each = sum(worst_steps(key, letters) for key in keys) * 5 * 6
