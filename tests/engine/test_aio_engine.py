@@ -36,3 +36,27 @@ def test_the_real_engine_streams_cancels_and_gives_everything_back(pico, tokeniz
             return texts
 
     assert asyncio.run(main()) == alone
+
+
+def test_an_answer_streams_and_then_says_what_answered(pico, tokenizer):
+    engine = Engine(pico, tokenizer, kv_memory="4MiB", fuse=False)
+    asked = Request(prompt="hello", params=SamplingParams(max_tokens=5, n=2, ignore_eos=True))
+
+    async def main():
+        async with AsyncEngine(engine) as front:
+            answer = front.answer(asked)
+            assert answer.completions == []
+            texts = ["", ""]
+            async for delta in answer:
+                texts[delta.index] += delta.text
+            assert [done.text for done in answer.completions] == texts
+            assert all(done.answered.base for done in answer.completions)
+            left = front.answer(asked)
+            async for _ in left:
+                break
+            await left.aclose()
+            while await front.call(lambda e: e.has_work()):
+                await asyncio.sleep(0.01)
+            await front.call(lambda e: e.check_integrity())
+
+    asyncio.run(main())

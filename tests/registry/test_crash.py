@@ -29,3 +29,12 @@ def test_kills_while_publishing_tear_nothing(kind: str, request: pytest.FixtureR
     # It would prove little if no kill had fallen inside a publish, or nothing had ever been published.
     assert found["acknowledged"] > 0 and found["with_leftovers"] > 0
     assert len(found["last_steps"]) >= 3
+
+
+def test_the_registry_works_without_torch() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'peft')))\n"
+        "from loramux.registry.crash import main; sys.exit(main(['--kills', '1']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -16,21 +16,24 @@ from fuzz.parcels import BASE, CONFIG, WEIGHTS, parcel
 from loramux.formats.peft import read_peft
 from loramux.registry.checks import (
     UploadError,
+    UploadLimits,
     check_upload,
     from_archive,
     from_folder,
     from_members,
 )
-from loramux.registry.checks.archives import MAX_EXTENDED
+from loramux.registry.checks.tars import MAX_EXTENDED
 
 MIB_MOST = 256
+ATTACKS = list(attacks())
 
 
 def test_thousands_of_hostile_uploads_in_a_process_of_their_own():
     """The same run as `make fuzz`, with fewer of those that are random."""
     command = [sys.executable, "-W", "ignore", "-m", "fuzz.uploads", "--archives", "300"]
     command += ["--mutations", "2000", "--names", "300", "--seed", "1"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    before = os.environ.get("PYTHONPATH", "")
+    env = os.environ | {"PYTHONPATH": f"{Path(__file__).parent.parent}{os.pathsep}{before}"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     result = json.loads(done.stdout)
     assert done.returncode == 0, result
@@ -112,5 +115,42 @@ def test_what_the_source_becomes_afterwards_does_not_matter(tmp_path):
 def test_the_generators_say_the_same_again():
     assert [a.data for a in mutations(20, 5)] == [a.data for a in mutations(20, 5)]
     assert list(mutated_adapters(20, 5)) == list(mutated_adapters(20, 5))
-    assert len({a.label for a in attacks()}) > 500
+    assert len({a.label for a in ATTACKS}) > 500
     assert MAX_EXTENDED < 2**20
+
+
+@pytest.mark.parametrize(
+    ("label", "code", "words"),
+    [
+        ("gz: bomb", "ratio", "200 times its packed size"),
+        ("gz: bomb in a member", "ratio", "200 times its packed size"),
+        ("zip: bomb", "ratio", "200 times its packed size"),
+        ("tar: a name of 2 MB", "bad_archive", "an extended header has 2,097,152 bytes"),
+        ("tar: endless extended headers", "too_many_files", "more than the 1,024 members"),
+        ("gz: cut", "bad_archive", "in the middle of the gzip stream"),
+        ("gz: two streams", "bad_archive", "behind the end"),
+        ("zip: many", "too_many_files", "more than the 1,024 members"),
+        ("tar: symlink adapter_config.json -> /etc/passwd", "archive_link", "--dereference"),
+        ("zip: twice ADAPTER_CONFIG.JSON", "duplicate_member", "two spellings"),
+        ("zip: two tops", "missing_file", "adapter_config.json"),
+    ],
+)
+def test_the_worst_archives_are_refused_for_what_they_are(label, code, words):
+    attack = next(attack for attack in ATTACKS if attack.label == label)
+    with (
+        pytest.raises(UploadError, match=words) as caught,
+        check_upload(from_archive(attack.data), BASE),
+    ):
+        pass
+    assert caught.value.code == code
+
+
+def test_an_archive_may_not_unpack_to_more_than_the_limit():
+    for kind in KINDS:
+        limits = UploadLimits(max_bytes=10_500)
+        with (
+            pytest.raises(UploadError) as caught,
+            check_upload(from_archive(good(kind)), BASE, limits),
+        ):
+            pass
+        assert caught.value.code == "too_large"

@@ -64,7 +64,8 @@ def test_a_list_has_one_entry_per_name_in_pages(served: TestClient) -> None:
     found = served.get("/v1/adapters", params={"query": "ton"}).json()
     assert [each["id"] for each in found["data"]] == ["tone"]
     assert served.get("/v1/adapters", params={"base": "f" * 64}).json()["data"] == []
-    error_of(served.get("/v1/adapters", params={"limit": 0}), 400)
+    for wrong in ({"limit": 0}, {"limit": 10**6}, {"query": "a\0b"}, {"after": "x" * 300}):
+        error_of(served.get("/v1/adapters", params=wrong), 400)
 
 
 def test_a_version_is_shown_by_number_alias_and_digest(served: TestClient) -> None:
@@ -213,6 +214,19 @@ def test_a_share_lets_another_tenant_look_and_use_and_ends(
     assert bob.post("/v1/completions", json=ask).status_code == 200
     assert ann.delete("/v1/adapters/law/shares/bob").status_code == 200
     error_of(bob.get("/v1/adapters/law", params={"tenant": "ann"}), 404)
+
+
+def test_who_an_adapter_is_shared_with_may_not_change_it(registry: Registry, world: World) -> None:
+    """The routes take own names only, so a foreign tenant is reached through what they call by it."""
+    world.publish(registry, "law", tenant="ann", visibility="shared")
+    world.publish(registry, "law", tenant="bob")
+    bob = as_tenant(registry, world, "bob")
+    for method, path, body in CHANGES:
+        url = path.replace("law", "ann%2Flaw")
+        assert bob.request(method, url, json=body).status_code in (400, 404, 405), url
+        bob.request(method, path, json=body, params={"tenant": "ann"})
+    [version] = registry.versions("ann/law", None)
+    assert version.aliases == ("latest",) and registry.shared_with("ann/law") == ("*",)
 
 
 def test_an_upload_goes_to_the_caller_s_own_tenant(registry: Registry, world: World) -> None:

@@ -301,11 +301,11 @@ def test_metrics_can_be_turned_off() -> None:
     assert served.post("/v1/chat/completions", json={"model": "law", **CHAT}).status_code == 200
 
 
-def test_ten_thousand_calls_are_counted_in_under_two_seconds() -> None:
+def test_ten_thousand_calls_are_counted_in_seconds() -> None:
     metrics = Metrics("pico")
     plans = [plan_of(f"t{i}/a{i}") for i in range(1000)]
     spent = time.process_time()
     for i in range(10_000):
         finish(metrics, plans[i % 1000], f"t{i % 1000}", str(i))
-    assert time.process_time() - spent < 2.0 * 2  # twice, for a loaded machine
+    assert time.process_time() - spent < 4.0  # about 0.5 on an idle machine
     assert not metrics.tracks

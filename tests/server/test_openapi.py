@@ -1,4 +1,4 @@
-"""schemathesis over the OpenAPI description, good data and bad: no 5xx, every answer as described, errors in the envelope.
+"""schemathesis over the OpenAPI description, good data and bad: no 5xx, and every answer as described.
 
 The suite tries a few examples of each operation; LORAMUX_FUZZ_EXAMPLES=500 tries as many as a release does.
 """
@@ -30,19 +30,20 @@ class Encoder:
         return np.ones((len(texts), 4), np.float32)
 
 
+schema = schemathesis.openapi.from_asgi(
+    "/openapi.json", create_app(config(), stub_services()), headers=HERE
+)
+
+
 @pytest.fixture(scope="module")
-def described(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The description of a server over a real registry and a stub in the engine's place."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """What the cases are sent to: a real registry, and a stub in the engine's place."""
     shape = BaseShape(BASE_DIGEST, "pico", {"model.layers.0.self_attn.q_proj": (32, 32)})
     with Registry.open(tmp_path_factory.mktemp("registry")) as registry:
         services = stub_services(
             registry=registry, base=shape, retriever=SimpleNamespace(encoder=Encoder())
         )
-        app = create_app(config(limits={"max_n": 4, "max_tokens": 64}), services)
-        yield schemathesis.openapi.from_asgi("/openapi.json", app, headers=HERE)
-
-
-schema = schemathesis.pytest.from_fixture("described")
+        yield create_app(config(limits={"max_n": 4, "max_tokens": 64}), services)
 
 
 @schema.parametrize()
@@ -50,8 +51,8 @@ schema = schemathesis.pytest.from_fixture("described")
     max_examples=EXAMPLES, deadline=None, derandomize=True, database=None,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
-def test_whatever_is_sent_is_answered_as_described(case):
-    response = case.call(headers=HERE)
+def test_whatever_is_sent_is_answered_as_described(case, served):
+    response = case.call(app=served, headers=HERE)
     case.validate_response(
         response, checks=[not_a_server_error, status_code_conformance, response_schema_conformance]
     )

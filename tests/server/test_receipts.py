@@ -31,7 +31,7 @@ from loramux.server.receipts import (
 )
 from loramux.server.resolve import Plan
 from loramux.server.services import Outcome
-from loramux.server.signing import PublicKeys, Signer, SigningError, published
+from loramux.server.signing import PublicKeys, Signer, SigningError, encode, published
 from server.rig import client, stub_services
 
 BASE, LAW, TONE = "b" * 64, "1" * 64, "2" * 64
@@ -135,6 +135,14 @@ def test_a_receipt_is_found_in_a_reply_and_in_its_header(signer: Signer) -> None
     for wrong in ("", "{}", "[]", "null", "not a receipt", '{"signature": "x"}', "{" * 10_000):
         with pytest.raises(ReceiptError):
             parse(wrong)
+
+
+def test_a_header_has_one_spelling(signer: Signer) -> None:
+    receipt = sample_receipt(signer)
+    loose = json.dumps(receipt.to_json(), indent=1).encode()
+    with pytest.raises(ReceiptError, match="not canonical"):
+        parse(encode(loose))
+    assert parse(loose) == receipt
 
 
 def test_a_receipt_too_long_for_a_header_is_in_the_body_alone(signer: Signer) -> None:

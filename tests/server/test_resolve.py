@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,19 +83,26 @@ def test_a_lookup_that_a_change_overtakes_is_not_kept():
     registry = StubRegistry()
     registry.add("a", "law")
     names = Names(registry)
-    slow = registry.resolve
+    quick = registry.resolve
+    read, go_on = threading.Event(), threading.Event()
 
-    def overtaken(ref: str, *, caller: str | None) -> Any:
-        found = slow(ref, caller=caller)
-        registry.resolve = slow  # type: ignore[method-assign]
-        registry.add("a", "law")
-        names.forget()
+    def slow(ref: str, *, caller: str | None) -> Any:
+        found = quick(ref, caller=caller)
+        registry.resolve = quick  # type: ignore[method-assign]
+        read.set()
+        go_on.wait(5)
         return found
 
-    registry.resolve = overtaken  # type: ignore[method-assign]
+    registry.resolve = slow  # type: ignore[method-assign]
 
     async def main() -> None:
-        assert (await names.version("law", A)).version == 1  # what it was when asked
+        overtaken = asyncio.ensure_future(names.version("law", A))
+        await asyncio.to_thread(read.wait, 5)
+        registry.add("a", "law")
+        names.forget()
+        assert (await names.version("law@2", A)).version == 2  # the new generation is known now
+        go_on.set()
+        assert (await overtaken).version == 1  # what it was when asked
         assert (await names.version("law", A)).version == 2
 
     asyncio.run(main())

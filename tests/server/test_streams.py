@@ -86,7 +86,7 @@ def test_silence_is_filled_with_comments_that_clients_ignore():
 
 @pytest.mark.parametrize("way", ["leaves", "stalls"])
 def test_a_reader_that_leaves_or_takes_nothing_ends_the_call_and_gives_everything_back(way):
-    services = stub_services(engine=StubEngine(delay_s=0.01))
+    services = stub_services(engine=StubEngine(delay_s=0.05))  # four seconds, if nobody ended it
     app = create_app(config(limits={"write_timeout_s": 0.05}), services)
 
     async def main() -> None:

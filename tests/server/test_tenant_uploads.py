@@ -70,6 +70,25 @@ def test_the_quota_of_bytes_is_checked_and_nothing_is_kept(rig: Any, world: Worl
     assert rig.registry.fsck().num_blobs == 0
 
 
+def test_an_upload_that_names_no_length_is_held_against_the_quota_too(
+    rig: Any, world: World
+) -> None:
+    data = zipped(world.folder("law"))
+    room = Limits(max_bytes=len(data) // 2)
+    rig.tenancy.tenants.set_limits("ann", room, actor="test")
+    head = (
+        b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\nlaw\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    )
+    reply = rig.client("ann").post(
+        "/v1/adapters",
+        content=iter([head, data, b"\r\n--x--\r\n"]),
+        headers={"content-type": "multipart/form-data; boundary=x"},
+    )
+    assert error_of(reply, 403)["code"] == "insufficient_quota"
+    assert rig.registry.list("ann") == [] and rig.registry.fsck().num_blobs == 0
+
+
 def test_the_quota_of_adapters_is_checked(rig: Any, world: World) -> None:
     ann = rig.client("ann")
     for name in ("one", "two"):

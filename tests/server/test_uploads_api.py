@@ -211,6 +211,13 @@ def test_bytes_are_counted_while_they_come(world: World, services: Any, staging:
     reply = served.post("/v1/adapters", content=endless(), headers=head)
     assert error_of(reply, 413)["code"] == "too_large"
     assert list(staging.iterdir()) == []
+
+    def endless_end() -> Iterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="name"\r\n\r\nlaw\r\n--x--\r\n'
+        yield from (b"\0" * 65536 for _ in range(1000))
+
+    head = {"content-type": "multipart/form-data; boundary=x"}
+    assert error_of(served.post("/v1/adapters", content=endless_end(), headers=head), 413)
     long = {**head, "content-length": str(10**12)}
     assert error_of(served.post("/v1/adapters", content=b"", headers=long), 413)
 

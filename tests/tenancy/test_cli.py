@@ -159,7 +159,7 @@ def test_the_audit_log_is_checked_and_exported(run, tmp_path, server):
         (("tenant", "limit", "acme"), "nothing to change"),
         (("key", "create", "acme", "--scope", "infr"), "did you mean 'infer'"),
         (("key", "create", "acme", "--scope", "infer"), "no tenant 'acme'"),
-        (("key", "create", "acme", "--scope", "infer", "--expires", "soon"), "--expires must be a number and s, m, h or d"),
+        (("key", "create", "acme", "--scope", "infer", "--expires", "soon"), "a number and s, m, h or d"),
         (("key", "rotate", "0123456789abcdef"), "there is no key"),
         (("key", "revoke", "x"), "there is no key"),
         (("tenant", "audit", "--known", "x"), "--known must be N:HASH"),

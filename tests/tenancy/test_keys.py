@@ -238,10 +238,11 @@ def test_a_key_of_an_unknown_tenant_is_not_made(tenancy, key):
         tenancy.keys.create("acne", ["infer"], actor="test")
 
 
-def test_a_thousand_wrong_keys_take_as_long_as_a_thousand_of_a_key_that_exists(tenancy, key):
+def test_wrong_secrets_of_a_key_take_as_long_as_keys_that_do_not_exist(tenancy, key, caplog):
     """A coarse bound on one shared machine; the comparison itself is `hmac.compare_digest`."""
-    near = [key.secret[:-4] + f"{i:04x}" for i in range(1000)]
-    far = [f"lmx_{i:016x}_{key.secret[-64:]}" for i in range(1000)]
+    caplog.set_level(logging.WARNING)  # what is measured is not the log
+    near = [key.secret[:-4] + f"{i:04x}" for i in range(500)]
+    far = [f"lmx_{i:016x}_{key.secret[-64:]}" for i in range(500)]
     best = {"near": float("inf"), "far": float("inf")}
     for _ in range(5):
         for name, secrets in (("near", near), ("far", far)):

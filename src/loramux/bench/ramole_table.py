@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
@@ -20,7 +21,8 @@ WAYS = (
 
 
 def table(rows: Sequence[Row], found: Mapping[str, Any]) -> str:
-    """The whole printed result."""
+    """The whole printed result, of the ways and seeds that have all tasks."""
+    rows = _complete(rows, len(found["iid"]))
     lines = [f"{'way':<22} {'mean':>6} {'over seeds':>15} {'against Mixture':>20}"]
     for way, setting, title in WAYS:
         by_seed = _by_seed(rows, way, setting)
@@ -33,6 +35,11 @@ def table(rows: Sequence[Row], found: Mapping[str, Any]) -> str:
         )
     lines += [*_split(rows), *_attention(rows), _retrieval(found)]
     return "\n".join(lines) + "\n"
+
+
+def _complete(rows: Sequence[Row], tasks: int) -> list[Row]:
+    counts = Counter((row["way"], row["setting"], row["seed"]) for row in rows)
+    return [row for row in rows if counts[row["way"], row["setting"], row["seed"]] == tasks]
 
 
 def mean_of(rows: Sequence[Row]) -> float:

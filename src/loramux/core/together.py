@@ -80,8 +80,7 @@ class Together:
             for segment, plan in zip(segments, plans, strict=True)
         ]
         if any(segment.a is not None for segment in segments):
-            base = linear.base_layer
-            y = segmented(x.reshape(-1, x.shape[-1]), base.weight, base.bias, segments)
+            y = segmented(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias, segments)
             if all(done):
                 return y.view(*x.shape[:-1], site.d_out)
             x_parts, y_parts = self.split(x, self.tokens), list(y.split(self.tokens))

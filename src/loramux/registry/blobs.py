@@ -293,7 +293,9 @@ def storage_error(error: OSError) -> StorageError:
             code="storage_read_only",
         )
     why = error.strerror or type(error).__name__
-    return StorageError(f"the registry's storage failed ({why}); nothing was changed, repeat when it works again")
+    return StorageError(
+        f"the registry's storage failed ({why}); nothing was changed, repeat when it works again"
+    )
 
 
 def _verify(path: Path, sha256: str) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import random
+import select
 import signal
 import sys
 import tempfile
@@ -79,7 +80,8 @@ def storm(root: Path, url: str | None, kills: int, seed: int) -> Findings:
         work = partial(_publish_for_ever, root, url, uploads, number + seed, last_step)
         publisher, collector = _start(work), _start(partial(_collect_for_ever, root, url))
         if last_step is None:
-            time.sleep(draw.uniform(0.005, MAX_DELAY_S))
+            publisher.wait_for_a_line()
+            time.sleep(draw.uniform(0.0, MAX_DELAY_S))
             os.kill(publisher.pid, signal.SIGKILL)
         said = publisher.hear(found)
         os.kill(collector.pid, signal.SIGKILL)
@@ -196,6 +198,10 @@ class _Child:
 
     def __init__(self, pid: int, lines: int):
         self.pid, self.lines = pid, lines
+
+    def wait_for_a_line(self) -> None:
+        """Until it publishes: a process killed while it opens the registry proves nothing."""
+        select.select([self.lines], [], [])
 
     def hear(self, found: Findings) -> list[str]:
         with os.fdopen(self.lines, encoding="utf-8") as read:

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, CursorResult, delete, func, insert, select, update
 
 from loramux.registry import read
 from loramux.registry.db import begin
@@ -191,7 +191,7 @@ def _adapter(connection: Connection, tenant: str, name: str, now: float) -> int:
     found = connection.execute(select(adapters.c.id).where(key)).scalar()
     if found is None:
         row = {"tenant": tenant, "name": name, "last_version": 0, "created_at": now}
-        found = connection.execute(insert(adapters).values(row)).inserted_primary_key[0]
+        found = _new_id(connection.execute(insert(adapters).values(row)))
     return int(found)
 
 
@@ -221,7 +221,7 @@ def _insert_once(
             adapter_id=adapter_id, version=number, created_at=parts.clock(), **row
         )
     )
-    version_id = int(made.inserted_primary_key[0])
+    version_id = _new_id(made)
     parts.step("version")
     connection.execute(
         insert(files),
@@ -231,6 +231,12 @@ def _insert_once(
         ],
     )
     return version_id
+
+
+def _new_id(inserted: CursorResult[Any]) -> int:
+    key = inserted.inserted_primary_key
+    assert key is not None
+    return int(key[0])
 
 
 def _number(connection: Connection, version_id: int) -> int:

@@ -160,4 +160,5 @@ def bump(connection: Connection) -> None:
 
 
 def current_generation(connection: Connection) -> int:
-    return connection.execute(select(generation.c.value)).scalar_one()
+    value: int = connection.execute(select(generation.c.value)).scalar_one()
+    return value

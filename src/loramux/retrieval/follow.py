@@ -69,11 +69,13 @@ class Follower:
                 return False
             wanted = read_facts(connection, self._encoder_id, self.caller)
             changed = [fact for ref, fact in wanted.items() if self._known.get(ref) != fact]
-            for id in [ref for ref in self._known if ref not in wanted]:
-                self.retriever.delete(id)
-                del self._known[id]
+            # New ones first: while a new version takes over, one of the two can be found.
             for start in range(0, len(changed), _MANY):
                 self._add(connection, changed[start : start + _MANY])
+            gone = [ref for ref in self._known if ref not in wanted]
+            self.retriever.delete_all(gone)
+            for ref in gone:
+                del self._known[ref]
             self.generation = now
             return True
 
@@ -84,15 +86,11 @@ class Follower:
 
     def _add(self, connection: Connection, facts: list[Fact]) -> None:
         bodies = dict(read_bodies(connection, [(f.version_id, f.encoder_id) for f in facts]))
-        entries = []
-        for fact in facts:
-            entry = self._entry(fact, bodies.get((fact.version_id, fact.encoder_id)))
-            if entry is not None:
-                entries.append(entry)
-            elif fact.ref in self._known:
-                self.retriever.delete(fact.ref)
-            self._known[fact.ref] = fact
-        self.retriever.upsert_all(entries)
+        entries = {f.ref: self._entry(f, bodies.get((f.version_id, f.encoder_id))) for f in facts}
+        self.retriever.upsert_all([e for e in entries.values() if e is not None], refresh=False)
+        refused = [ref for ref, entry in entries.items() if entry is None and ref in self._known]
+        self.retriever.index.delete(refused)
+        self._known.update((fact.ref, fact) for fact in facts)
 
     def _entry(self, fact: Fact, body: bytes | None) -> Entry | None:
         """None for a profile that cannot be used: one bad row must not keep the others out."""

@@ -92,13 +92,14 @@ class Retriever:
         """Add an adapter, or replace the one with this id."""
         self.upsert_all([Entry(id, profile, owner, tags or {})])
 
-    def upsert_all(self, entries: Iterable[Entry]) -> None:
-        """Add many at once; if one is refused none is added."""
+    def upsert_all(self, entries: Iterable[Entry], *, refresh: bool = True) -> None:
+        """Add many at once; if one is refused none is added. refresh=False: the caller will `refresh_if_due`."""
         ready = list(entries)
         for entry in ready:
             self.check(entry)
         self.index.upsert(ready)
-        self._refresh_if_due()
+        if refresh:
+            self.refresh_if_due()
 
     def check(self, entry: Entry) -> None:
         """Raise ProfileError if this entry would be refused."""
@@ -108,8 +109,12 @@ class Retriever:
 
     def delete(self, id: str) -> bool:
         """Forget an adapter; False if it was not there."""
-        found = self.index.delete([id]) > 0
-        self._refresh_if_due()
+        return self.delete_all([id]) > 0
+
+    def delete_all(self, ids: Sequence[str]) -> int:
+        """Forget these at once; returns how many were there."""
+        found = self.index.delete(ids)
+        self.refresh_if_due()
         return found
 
     def refresh(self) -> Background:
@@ -177,7 +182,8 @@ class Retriever:
             ids = allowed
         return self._required, ids - masked if masked else ids
 
-    def _refresh_if_due(self) -> None:
+    def refresh_if_due(self) -> None:
+        """`refresh` if the pool has grown or shrunk enough since the last one."""
         if self.refresh_at is None:
             return
         known, now = self.background.num_profiles, self.index.count(EVERYTHING)

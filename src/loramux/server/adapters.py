@@ -29,6 +29,8 @@ FOLLOWER = "follower"  # retrieval.Follower, of a registry that keeps profiles
 FIELDS = ("name", "alias", "visibility", "samples", "metadata", "provenance")
 MAX_SAMPLES = 1000
 PAGE, MAX_PAGE = 100, 1000
+# PostgreSQL keeps no NUL in text.
+Word = Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")]
 Tenant = Annotated[str | None, Query(max_length=63, description="owner, of a shared adapter")]
 _FORM = {
     "requestBody": {
@@ -74,10 +76,10 @@ def router() -> APIRouter:
     async def list_adapters(
         services: ServicesDep,
         caller: CallerDep,
-        query: Annotated[str | None, Query(max_length=200)] = None,
-        base: Annotated[str | None, Query(max_length=80)] = None,
+        query: Word = None,
+        base: Word = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE,
-        after: Annotated[str | None, Query(max_length=200)] = None,
+        after: Word = None,
     ) -> dict[str, Any]:
         found = await in_thread(
             lambda: services.registry.list(

@@ -77,8 +77,12 @@ def _tenancy(config: ServerConfig, registry: Registry) -> Any:
     if config.tenants.url is None:
         return Tenancy.open(registry.database)
     from loramux.registry.db import open_database
+    from loramux.tenancy.service import kept_by
 
-    return Tenancy.open(open_database(config.tenants.url))
+    # What a tenant keeps is in the registry's database, whatever holds the tenants.
+    return Tenancy.open(
+        open_database(config.tenants.url), stored=lambda tenant: kept_by(registry.database, tenant)
+    )
 
 
 def _retriever(

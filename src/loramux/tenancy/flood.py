@@ -3,7 +3,8 @@
     python -m loramux.tenancy.flood --base smollm2-135m --seconds 60
 
 Why both: steps are the same on every machine and say whether the order of service is fair; the clock also sees that a
-full batch makes each step longer. Requests pass the door as in the server: a tenant beyond its concurrency is refused.
+full batch makes each step longer, and that a busy engine is in the middle of a step when a request comes. Requests pass
+the door as in the server: a tenant beyond its concurrency is refused.
 """
 
 from __future__ import annotations
@@ -213,15 +214,15 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m loramux.tenancy.flood", description=__doc__)
     parser.add_argument("--base", default="smollm2-135m")
-    parser.add_argument("--rate", type=float, default=0.15, help="requests per second and tenant")
+    parser.add_argument("--rate", type=float, default=0.05, help="requests per second and tenant")
     parser.add_argument("--factor", type=float, default=50.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each half of a round")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-batch", type=int, default=16)
-    parser.add_argument("--max-prompt-tokens", type=int, default=64)
-    parser.add_argument("--prompt-tokens", type=int, default=192)
-    parser.add_argument("--answer-tokens", type=int, default=32)
+    parser.add_argument("--max-prompt-tokens", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--most", type=float, default=1.5)
     args = parser.parse_args(argv)
     found = _run(args)

@@ -1,9 +1,4 @@
-"""Zip and tar as lists of members: nothing is extracted, links and devices are refused, every read is bounded.
-
-Why the tar headers are walked here: `tarfile` reads extended headers of any length into memory, matches them with
-expressions that take quadratic time, and follows sizes backwards (CVE-2024-6232, CVE-2025-8194). Its parser for one
-header is used; sizes, names and steps are ours.
-"""
+"""Zip, tar and gzipped tar as lists of members: nothing is extracted, links are refused, every read is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import contextlib
 import io
 import os
 import stat
-import tarfile
 import tempfile
 import zipfile
 import zlib
@@ -30,10 +24,16 @@ from loramux.registry.checks.sources import (
     open_source_file,
     pieces,
 )
+from loramux.registry.checks.tars import (
+    BLOCK,
+    broken,
+    check_number,
+    is_old_tar,
+    special,
+    tar_members,
+)
 from loramux.registry.names import shown
 
-BLOCK = 512  # of a tar
-MAX_EXTENDED = 2**16  # bytes of one extended header
 MOST_READ = MIB  # of one read by the zip parser: its directory, of which each member takes 46 bytes and its name
 SLACK = MIB  # what a stream may grow by before its ratio counts: short files of zeros pack well
 _PLAIN_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
@@ -66,9 +66,9 @@ class _Archive:
             elif start[:2] == b"\x1f\x8b":
                 with tempfile.TemporaryFile(dir=scratch) as plain:
                     _gunzip(file, plain, size, limits)
-                    yield _tar_members(plain, limits)
-            elif start[257:262] == b"ustar" or _is_old_tar(start):
-                yield _tar_members(file, limits)
+                    yield tar_members(plain, limits)
+            elif start[257:262] == b"ustar" or is_old_tar(start):
+                yield tar_members(file, limits)
             else:
                 raise UploadError(
                     f"this is neither a zip nor a tar (it begins with {start[:8].hex(' ')}); send .zip, .tar or "
@@ -106,7 +106,7 @@ class _Bounded(io.RawIOBase):
         if size is None or size < 0:
             size = max(self._size - self._file.tell(), 0)
         if size > MOST_READ:
-            raise _broken(f"its directory claims {size:,} bytes, at most {MOST_READ:,} are read")
+            raise broken(f"its directory claims {size:,} bytes, at most {MOST_READ:,} are read")
         return self._file.read(size)
 
 
@@ -119,25 +119,25 @@ def _zip(file: BinaryIO, size: int) -> Iterator[zipfile.ZipFile]:
     except (
         Exception
     ) as error:  # the parser meets hostile bytes: whatever it raises, the file is at fault
-        raise _broken(error) from None
+        raise broken(error) from None
     with parcel:
         yield parcel
 
 
 def _zip_members(parcel: zipfile.ZipFile, limits: UploadLimits) -> list[Member]:
     entries = parcel.infolist()
-    _check_number(len(entries), limits)
+    check_number(len(entries), limits)
     found = []
     for info in entries:
         # What the parser makes of the name ends at a NUL; the one in the file is judged.
         name, kind = info.orig_filename, stat.S_IFMT(info.external_attr >> 16)
         is_folder = name.endswith("/") and not info.file_size
         if kind not in ((0, stat.S_IFDIR) if is_folder else (0, stat.S_IFREG)):
-            raise _special(name)
+            raise special(name)
         if info.flag_bits & 0x1:
             raise UploadError(f"{shown(name)} needs a password; pack it without", code="encrypted")
         if info.compress_type not in _PLAIN_METHODS:
-            raise _broken(f"{shown(name)} is packed with method {info.compress_type}; use deflate")
+            raise broken(f"{shown(name)} is packed with method {info.compress_type}; use deflate")
         if info.file_size > info.compress_size * limits.max_ratio + SLACK:
             raise _swollen(name, limits)
         if not is_folder:
@@ -155,7 +155,7 @@ def _zip_pieces(parcel: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[byte
     except UploadError:
         raise
     except Exception as error:  # as above; what a consumer raises is not seen here
-        raise _broken(f"{shown(info.orig_filename)}: {error}") from None
+        raise broken(f"{shown(info.orig_filename)}: {error}") from None
 
 
 def _gunzip(file: BinaryIO, out: BinaryIO, size: int, limits: UploadLimits) -> None:
@@ -164,11 +164,11 @@ def _gunzip(file: BinaryIO, out: BinaryIO, size: int, limits: UploadLimits) -> N
     for chunk in pieces(file):
         while chunk:
             if stream.eof:
-                raise _broken("there is something behind the end of the gzip stream")
+                raise broken("there is something behind the end of the gzip stream")
             try:
                 plain = stream.decompress(chunk, CHUNK)
             except zlib.error as error:
-                raise _broken(error) from None
+                raise broken(error) from None
             written += len(plain)
             if written > limits.max_bytes + SLACK:
                 raise UploadError(
@@ -180,129 +180,7 @@ def _gunzip(file: BinaryIO, out: BinaryIO, size: int, limits: UploadLimits) -> N
             out.write(plain)
             chunk = stream.unused_data or stream.unconsumed_tail
     if not stream.eof:
-        raise _broken("it ends in the middle of the gzip stream")
-
-
-def _tar_members(file: BinaryIO, limits: UploadLimits) -> list[Member]:
-    size = file.seek(0, os.SEEK_END)
-    found: list[Member] = []
-    at = headers = 0
-    name: str | None = None
-    length: int | None = None
-    while (info := _tar_header(file, at)) is not None:
-        headers += 1
-        _check_number(headers // 3, limits)  # a member may have two extended headers
-        start = at + BLOCK
-        own_length = info.size if length is None or _is_extension(info) else length
-        if not 0 <= own_length <= size - start:
-            raise _broken(
-                f"{shown(info.name)} claims {own_length:,} bytes, {size - start:,} are left"
-            )
-        at = start + -(-own_length // BLOCK) * BLOCK
-        if info.type == tarfile.GNUTYPE_LONGNAME:
-            name = _text(_extended(file, start, own_length).rstrip(b"\0"))
-        elif info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE):
-            fields = _pax(_extended(file, start, own_length))
-            if info.type == tarfile.XHDTYPE:
-                name, length = fields.get("path", name), _pax_size(fields, length)
-            elif {"path", "size"} & fields.keys():
-                raise _broken("a global header sets the name or size of every member")
-        else:
-            own_name = info.name if name is None else name
-            if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-                found.append(
-                    Member(own_name, lambda at=start, n=own_length: _section(file, at, n))  # type: ignore[misc]
-                )
-            elif info.type != tarfile.DIRTYPE:
-                raise _special(own_name)
-            name = length = None
-            _check_number(len(found), limits)
-    return found
-
-
-def _is_extension(info: tarfile.TarInfo) -> bool:
-    return info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
-
-
-def _tar_header(file: BinaryIO, at: int) -> tarfile.TarInfo | None:
-    file.seek(at)
-    block = file.read(BLOCK)
-    if not block.strip(b"\0"):
-        return None
-    try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise _broken(error) from None
-
-
-def _is_old_tar(start: bytes) -> bool:
-    try:
-        return bool(tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape").name)
-    except (tarfile.TarError, ValueError, OverflowError):
-        return False
-
-
-def _extended(file: BinaryIO, start: int, length: int) -> bytes:
-    if length > MAX_EXTENDED:
-        raise _broken(f"an extended header has {length:,} bytes, at most {MAX_EXTENDED:,} are read")
-    file.seek(start)
-    return file.read(length)
-
-
-def _pax(data: bytes) -> dict[str, str]:
-    """The records `LENGTH KEY=VALUE\\n` of an extended header."""
-    fields: dict[str, str] = {}
-    while data.strip(b"\0"):
-        digits, blank, _ = data[:8].partition(b" ")
-        length = int(digits) if blank and digits.isdigit() else 0
-        record = data[len(digits) + 1 : length]
-        key, equals, value = record.partition(b"=")
-        if not equals or not value.endswith(b"\n"):
-            raise _broken("a record of an extended header is malformed")
-        if key.startswith(b"GNU.sparse"):
-            raise _broken("it holds a file with holes; pack it without --sparse")
-        fields[_text(key)] = _text(value[:-1])
-        data = data[length:]
-    return fields
-
-
-def _pax_size(fields: dict[str, str], before: int | None) -> int | None:
-    text = fields.get("size")
-    if text is None:
-        return before
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise _broken(f"a member's size is {shown(text)}")
-    return int(text)
-
-
-def _section(file: BinaryIO, at: int, length: int) -> Iterator[bytes]:
-    while length:
-        file.seek(at)
-        chunk = file.read(min(CHUNK, length))
-        if not chunk:
-            raise _broken("it ends in the middle of a member")
-        at, length = at + len(chunk), length - len(chunk)
-        yield chunk
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
-
-
-def _check_number(number: int, limits: UploadLimits) -> None:
-    if number > limits.max_members:
-        raise UploadError(
-            f"the archive holds more than the {limits.max_members:,} members that are allowed; pack the adapter's "
-            "folder only",
-            code="too_many_files",
-        )
-
-
-def _special(name: str) -> UploadError:
-    return UploadError(
-        f"{shown(name)} is a link, a device or another special member; pack plain files (tar: --dereference)",
-        code="archive_link",
-    )
+        raise broken("it ends in the middle of the gzip stream")
 
 
 def _swollen(name: str, limits: UploadLimits) -> UploadError:
@@ -310,10 +188,4 @@ def _swollen(name: str, limits: UploadLimits) -> UploadError:
         f"{shown(name)} unpacks to more than {limits.max_ratio} times its packed size, which weights never do; "
         "send it unpacked",
         code="ratio",
-    )
-
-
-def _broken(why: object) -> UploadError:
-    return UploadError(
-        f"the archive cannot be read: {why}. Pack the adapter's folder again", code="bad_archive"
     )

@@ -32,20 +32,21 @@ def router() -> APIRouter:
         config = request.app.state.config
         found = await services.names.visible(caller, services.base_digest)
         # In order of their names, so that a page follows the one before whatever is published meanwhile.
-        own = caller.tenant
-        cards = [
-            _card(version, config.name, own)
-            for version in sorted(found.by_ref.values(), key=_order)
-        ]
-        data = [_base_card(request), *cards]
+        versions = sorted(found.by_ref.values(), key=_order)
+        ids = [config.name, *(_id(version, config.name, caller.tenant) for version in versions)]
+        start = 0
         if after is not None:
-            places = [place for place, card in enumerate(data) if card["id"] == after]
-            if not places:
+            if after not in ids:
                 raise ApiError(
                     "after: not the id of a model of this list", code="invalid_value", param="after"
                 )
-            data = data[places[0] + 1 :]
-        return {"object": "list", "data": data[:limit], "has_more": len(data) > limit}
+            start = ids.index(after) + 1
+        page = range(start, min(start + limit, len(ids)))
+        data = [
+            _card(versions[place - 1], config.name, caller.tenant) if place else _base_card(request)
+            for place in page
+        ]
+        return {"object": "list", "data": data, "has_more": page.stop < len(ids)}
 
     @routes.get("/v1/models/{model:path}", summary="One of them")
     async def model(
@@ -79,11 +80,15 @@ def _base_card(request: Request) -> dict[str, Any]:
     }
 
 
-def _card(version: Any, base_name: str, own: str) -> dict[str, Any]:
+def _id(version: Any, base_name: str, own: str) -> str:
     """An own adapter has the plain name, as whoever loaded it by vLLM's call looks for it."""
     is_plain = version.tenant == own and version.name != base_name
+    return str(version.name if is_plain else f"{version.tenant}/{version.name}")
+
+
+def _card(version: Any, base_name: str, own: str) -> dict[str, Any]:
     return {
-        "id": version.name if is_plain else f"{version.tenant}/{version.name}",
+        "id": _id(version, base_name, own),
         "object": "model",
         "created": int(version.created_at),
         "owned_by": version.tenant,
