@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from loramux.cli.main import app
-from loramux.cli.reference import cli_reference, http_reference
+from loramux.cli.reference import cli_reference, http_reference, openapi_schema
 
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -20,8 +20,6 @@ def test_the_page_on_the_command_line_is_that_of_the_code():
 
 def test_the_page_on_the_http_interface_is_that_of_the_code():
     pytest.importorskip("fastapi")
-    from loramux.server.app import openapi_schema
-
     assert (REFERENCE / "http.md").read_text(encoding="utf-8") == http_reference(
         openapi_schema()
     ), "docs/reference/http.md is out of date; run: make reference"

@@ -150,10 +150,20 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
+def openapi_schema() -> dict[str, Any]:
+    """What a server without keys says of itself at /openapi.json; with keys every call also needs one."""
+    from loramux.server.app import create_app
+    from loramux.server.config import parse_config
+    from loramux.server.services import Services
+    from loramux.server.stub import StubEngine, StubRegistry, StubTokenizer
+
+    services = Services(engine=StubEngine(), registry=StubRegistry(), tokenizer=StubTokenizer())
+    schema: dict[str, Any] = create_app(parse_config({"base": "any"}), services).openapi()
+    return schema
+
+
 def write(folder: Path) -> list[Path]:
     """Write both pages; returns their paths."""
-    from loramux.server.app import openapi_schema
-
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"cli.md": cli_reference(), "http.md": http_reference(openapi_schema())}
     for name, text in pages.items():

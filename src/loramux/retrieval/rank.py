@@ -54,12 +54,12 @@ def hybrid(scored: Scored, dense_weight: float = 0.5) -> Floats:
 
 def standardised(values: Floats) -> Floats:
     """Mean 0 and deviation 1 over what is there; all 0 where everything is equal."""
-    if np.isnan(values).all():
+    there = values[~np.isnan(values)]
+    if len(there) == 0:
         return values
-    wide = values.astype(np.float64)
-    spread = float(np.nanstd(wide))
-    centred = wide - np.nanmean(wide)
-    return (centred / spread if spread > 1e-12 else 0.0 * centred).astype(np.float32)
+    spread = float(there.std(dtype=np.float64))
+    centred = values - np.float32(there.mean(dtype=np.float64))
+    return centred / np.float32(spread) if spread > 1e-12 else 0 * centred
 
 
 def choose(
