@@ -127,6 +127,23 @@ def test_a_publish_that_finds_its_blob_is_safe_from_a_collector(
     assert publisher.fsck().is_clean and publisher.folder(version).is_dir()
 
 
+def test_a_lease_holds_although_another_host_with_a_slow_clock_used_the_blob(
+    open_registry: Callable[..., Registry], tmp_path: Path
+) -> None:
+    slow, right = open_registry(clock=lambda: 0.0), open_registry(clock=lambda: 100 * HOUR)
+    collected: list[int] = []
+
+    def between(step: str) -> None:
+        if step == "blob adapter_model.safetensors" and not collected:
+            put(slow, tmp_path, "a", name="other")
+            slow.delete("ann/other", "t")
+            collected.append(right.collect(HOUR).num_blobs)
+
+    version = put(open_registry(clock=lambda: 100 * HOUR, step=between), tmp_path, "a")
+    assert collected == [0]
+    assert right.fsck().is_clean and right.folder(version).is_dir()
+
+
 def test_a_publish_whose_blobs_were_collected_all_the_same_starts_again(
     open_registry: Callable[..., Registry], tmp_path: Path
 ) -> None:

@@ -221,7 +221,8 @@ class Attachment(ABC):
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dispatch = self.dispatch
         if dispatch.together is not None:  # opened by who called, see core/together.py
-            checkpointing.follow(self.model, dispatch)
+            if module is self.model:
+                checkpointing.follow(self.model, dispatch)
             return None
         if module is self.model or module in dispatch.entered:
             dispatch.entered.clear()  # left open by an interrupt, which runs no hooks

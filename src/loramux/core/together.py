@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from loramux.core.bank import Rows
 from loramux.core.state import State
 from loramux.core.types import Site
 from loramux.ops.rows import fold_rows, to_rows
@@ -62,6 +61,7 @@ class Together:
         self.dispatch = dispatch
         self.shares = list(shares)
         self.tokens = [share.num_tokens for share in self.shares]
+        self.is_plain = [_is_plain(share) for share in self.shares]
         self.is_forward = True
         self._split: tuple[Tensor, list[int], tuple[Tensor, ...]] | None = None
 
@@ -70,34 +70,57 @@ class Together:
     def linear(self, linear: LoraLinear, x: Tensor) -> Tensor:
         """The base once for all rows, then every share's own part on its own rows."""
         site = linear.site
-        plans = [self._plan(share, site) for share in self.shares]
+        plans = [
+            None if is_plain else self._plan(share, site)
+            for share, is_plain in zip(self.shares, self.is_plain, strict=True)
+        ]
+        as_tokens = all(plan is None or plan.row_map is None for plan in plans)
+        if as_tokens and site.path not in self.dispatch.unfused and not torch.is_autocast_enabled():
+            return self._segmented(linear, x, plans)
+        plans = [
+            self._plan(share, site) if is_plain else plan
+            for share, is_plain, plan in zip(self.shares, self.is_plain, plans, strict=True)
+        ]
         if not any(plans):
             return linear.base_layer(x)  # type: ignore[no-any-return]
-        # What is a plain LoRA is added by the function that multiplies the base, in place.
-        segments = self._segments(linear, plans)
-        done = [
-            segment.a is not None or plan is None
-            for segment, plan in zip(segments, plans, strict=True)
+        x_parts = self.split(x, self._sizes(site))
+        y = self._parts(linear, self._base(linear, x, x_parts, plans), x_parts, plans)
+        return y.view(*x.shape[:-2], -1, site.d_out)
+
+    def _segmented(self, linear: LoraLinear, x: Tensor, plans: Sequence[Plan | None]) -> Tensor:
+        """What is a plain LoRA is added by the function that multiplies the base, in place; then the others."""
+        site = linear.site
+        segments = [
+            self._segment(share, site) if is_plain else Segment(share.num_tokens)
+            for share, is_plain in zip(self.shares, self.is_plain, strict=True)
         ]
-        if any(segment.a is not None for segment in segments):
-            y = segmented(x.reshape(-1, x.shape[-1]), linear.weight, linear.bias, segments)
-            if all(done):
-                return y.view(*x.shape[:-1], site.d_out)
-            x_parts, y_parts = self.split(x, self.tokens), list(y.split(self.tokens))
+        y: Tensor
+        if all(segment.a is None for segment in segments):
+            y = linear.base_layer(x)
         else:
-            x_parts = self.split(x, self._sizes(site))
-            y_parts = self._base(linear, x, x_parts, plans)
+            y = segmented(x.reshape(-1, site.d_in), linear.weight, linear.bias, segments)
+        if any(plan is not None for plan in plans):
+            parts = y.reshape(-1, site.d_out).split(self.tokens)
+            y = self._parts(linear, parts, self.split(x, self.tokens), plans)
+        return y.view(*x.shape[:-1], site.d_out)
+
+    def _parts(
+        self,
+        linear: LoraLinear,
+        y_parts: Sequence[Tensor],
+        x_parts: Sequence[Tensor],
+        plans: Sequence[Plan | None],
+    ) -> Tensor:
+        """The base of every share plus its parts, as one tensor of all rows."""
         out = []
-        for share, plan, y, own, is_done in zip(
-            self.shares, plans, y_parts, x_parts, done, strict=True
-        ):
-            if plan is None or is_done:
+        for share, plan, y, own in zip(self.shares, plans, y_parts, x_parts, strict=True):
+            if plan is None:
                 out.append(y)
                 continue
             draws = any(part.dropout > 0 or part.late is not None for part in plan.parts)
             with self._alone(share), share.draws() if draws else nullcontext():
                 out.append(linear.share(y, own, plan))
-        return torch.cat(out).view(*x.shape[:-2], -1, site.d_out)
+        return torch.cat(out)
 
     def enter_module(self, path: str, x: Tensor) -> None:
         """The input of a module with routers arrived: every share's own routers read its own rows."""
@@ -158,16 +181,11 @@ class Together:
 
     # --- Inside ------------------------------------------------------------------------------------
 
-    def _segments(self, linear: LoraLinear, plans: Sequence[Plan | None]) -> list[Segment]:
-        """The shares with a plain LoRA here; none where FFN rows are not tokens, or the base is no plain linear."""
-        path = linear.path
-        as_tokens = all(plan is None or plan.row_map is None for plan in plans)
-        if path in self.dispatch.unfused or not as_tokens or torch.is_autocast_enabled():
-            return [Segment(num) for num in self.tokens]
-        return [
-            Segment(num) if plan is None else _segment(num, plan)
-            for num, plan in zip(self.tokens, plans, strict=True)
-        ]
+    def _segment(self, share: Share, site: Site) -> Segment:
+        rows = share.state.members[0].adapter.rows.get(site.path)
+        if rows is None or rows.spans.num_rows == 0:
+            return Segment(share.num_tokens)
+        return Segment(share.num_tokens, rows.a, rows.b, rows.spans.scale[0])
 
     def _base(
         self,
@@ -219,15 +237,17 @@ class Together:
             dispatch.state, dispatch.together = None, self
 
 
-def _segment(num_rows: int, plan: Plan) -> Segment:
-    """A plan that is one expert on all rows with weight 1 and nothing else, as a segment."""
-    if len(plan.parts) != 1:
-        return Segment(num_rows)
-    (part,) = plan.parts
-    rows, pairs = part.rows, part.pairs
-    if part.dense is not None or part.late is not None or part.dropout > 0 or pairs is None:
-        return Segment(num_rows)
-    is_plain = isinstance(rows, Rows) and rows.magnitude is None and rows.is_plain
-    if not is_plain or pairs.one_slot != 0 or not pairs.identity or not pairs.is_unweighted:
-        return Segment(num_rows)
-    return Segment(num_rows, rows.a, rows.b, rows.spans.scale[0])
+def _is_plain(share: Share) -> bool:
+    """Whether the adapter is one LoRA per linear that acts in full on every token: no plan is needed to know it."""
+    if len(share.state.members) != 1:
+        return False
+    adapter = share.state.members[0].adapter
+    if adapter.routers or (share.state.training and adapter.method.config.lora_dropout > 0):
+        return False
+    return all(
+        rows.is_plain
+        and rows.magnitude is None
+        and rows.spans.num_slots == 1
+        and adapter.method.unit_of(adapter.sites[path]) is None
+        for path, rows in adapter.rows.items()
+    )

@@ -108,13 +108,6 @@ class Pairs:
     def num_pairs(self) -> int:
         return int(self.src.shape[0])
 
-    @cached_property
-    def is_unweighted(self) -> bool:
-        """Whether every weight is 1 and fixed. It looks at all of them, once."""
-        if self.rank_weight is not None or self.weight.requires_grad:
-            return False
-        return bool((self.weight == 1).all())
-
 
 @dataclass(eq=False)
 class RowMap:

@@ -7,15 +7,17 @@
 
 Why written out: in pieces that autograd joins, every segment costs a view, an addition and a copy of its rows in both
 directions, and the outputs of all segments are copied once more into one. Here W is multiplied once per direction and
-the rest is added in place. Of the forward pass x and t = A x are kept; a frozen W needs neither.
+the rest is added in place. Of the forward pass x and t = A x are kept; a frozen W needs neither. Neighbours with as
+many rows and ranks are one batched product: on CPU that takes half the time of a product each.
 
-Letters: N rows, n rows of a segment, R ranks of its adapter, I input width, O output width.
+Letters: N rows, K segments of a batch, n rows of each, R ranks of each, I input width, O output width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import torch
@@ -33,6 +35,26 @@ class Segment:
     b: Tensor | None = None
     scale: float = 1.0
 
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Neighbouring segments that are one batched product: rows first..first + num * count - 1."""
+
+    first: int
+    num: int
+    count: int
+    rank: int
+    scale: float
+
+    def rows_of(self, x_NI: Tensor) -> Tensor:
+        """[K, n, I]; a view."""
+        rows = x_NI[self.first : self.first + self.num * self.count]
+        return rows.view(self.num, self.count, -1)
+
 
 def linear(
     x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, segments: Sequence[Segment]
@@ -42,9 +64,22 @@ def linear(
         raise ValueError(
             f"segments of {[segment.num_rows for segment in segments]} rows do not make up {x_NI.shape[0]} rows"
         )
-    layout = tuple((s.num_rows, s.scale, s.a is not None) for s in segments)
-    rows = [tensor for s in segments if s.a is not None for tensor in (s.a, s.b)]
-    return cast(Tensor, _Linear.apply(x_NI, weight_OI, bias_O, layout, *rows))
+    batches, rows_a, rows_b = _batches(segments)
+    return cast(Tensor, _Linear.apply(x_NI, weight_OI, bias_O, batches, *rows_a, *rows_b))
+
+
+def _batches(segments: Sequence[Segment]) -> tuple[tuple[_Batch, ...], list[Tensor], list[Tensor]]:
+    batches, rows_a, rows_b = [], [], []
+    first = 0
+    for key, group in groupby(segments, key=lambda s: (s.num_rows, s.rank, s.scale)):
+        own = list(group)
+        count, rank, scale = key
+        if rank and count:
+            batches.append(_Batch(first, len(own), count, rank, scale))
+            rows_a += [segment.a for segment in own if segment.a is not None]
+            rows_b += [segment.b for segment in own if segment.b is not None]
+        first += len(own) * count
+    return tuple(batches), rows_a, rows_b
 
 
 class _Linear(torch.autograd.Function):
@@ -54,21 +89,22 @@ class _Linear(torch.autograd.Function):
         x_NI: Tensor,
         weight_OI: Tensor,
         bias_O: Tensor | None,
-        layout: tuple[tuple[int, float, bool], ...],
+        batches: tuple[_Batch, ...],
         *rows: Tensor,
     ) -> Tensor:
         y_NO = functional.linear(x_NI, weight_OI, bias_O)
+        num = len(rows) // 2
         kept: list[Tensor] = []
-        first, each = 0, iter(rows)
-        for count, scale, has_adapter in layout:
-            if has_adapter:
-                a, b = next(each).to(x_NI.dtype), next(each).to(y_NO.dtype)
-                t_nR = x_NI[first : first + count] @ a.T
-                y_NO[first : first + count].addmm_(t_nR, b, alpha=scale)
-                kept += (a, b, t_nR)
-            first += count
+        at = 0
+        for batch in batches:
+            a_KRI = _stack(rows[at : at + batch.num], x_NI.dtype)
+            b_KRO = _stack(rows[num + at : num + at + batch.num], y_NO.dtype)
+            t_KnR = torch.bmm(batch.rows_of(x_NI), a_KRI.transpose(1, 2))
+            batch.rows_of(y_NO).baddbmm_(t_KnR, b_KRO, alpha=batch.scale)
+            kept += (a_KRI, b_KRO, t_KnR)
+            at += batch.num
         ctx.save_for_backward(x_NI, weight_OI, *kept)
-        ctx.layout = layout
+        ctx.batches = batches
         ctx.dtypes = [tensor.dtype for tensor in rows]
         return y_NO
 
@@ -76,27 +112,33 @@ class _Linear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, weight_OI, *kept = ctx.saved_tensors
-        wants_x = ctx.needs_input_grad[0]
-        grad_x = grad_NO @ weight_OI if wants_x else None
-        grads: list[Tensor | None] = []
-        first, each = 0, iter(kept)
-        for count, scale, has_adapter in ctx.layout:
-            own = slice(first, first + count)
-            first += count
-            if not has_adapter:
-                continue
-            a, b, t_nR = next(each), next(each), next(each)
-            grad_nO = grad_NO[own]
-            grad_t = (grad_nO @ b.T).mul_(scale)
-            at = 4 + len(grads)
-            grads.append(
-                (grad_t.T @ x_NI[own]).to(ctx.dtypes[at - 4]) if ctx.needs_input_grad[at] else None
-            )
-            grads.append(
-                (t_nR.T @ grad_nO).to(ctx.dtypes[at - 3]).mul_(scale)
-                if ctx.needs_input_grad[at + 1]
-                else None
-            )
+        grad_NO = grad_NO.contiguous()
+        grad_x = grad_NO @ weight_OI if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad[4:]
+        num = len(wanted) // 2
+        grads_a: list[Tensor | None] = []
+        grads_b: list[Tensor | None] = []
+        each = iter(kept)
+        for batch in ctx.batches:
+            a_KRI, b_KRO, t_KnR = next(each), next(each), next(each)
+            grad_KnO = batch.rows_of(grad_NO)
+            grad_KnR = torch.bmm(grad_KnO, b_KRO.transpose(1, 2)).mul_(batch.scale)
+            at = len(grads_a)
+            if any(wanted[at : at + batch.num]):
+                grad_KRI = torch.bmm(grad_KnR.transpose(1, 2), batch.rows_of(x_NI))
+                grads_a += grad_KRI.to(ctx.dtypes[at]).unbind()
+            else:
+                grads_a += [None] * batch.num
+            if any(wanted[num + at : num + at + batch.num]):
+                grad_KRO = torch.bmm(t_KnR.transpose(1, 2), grad_KnO)
+                grads_b += grad_KRO.to(ctx.dtypes[num + at]).mul_(batch.scale).unbind()
+            else:
+                grads_b += [None] * batch.num
             if grad_x is not None:
-                grad_x[own].addmm_(grad_t, a)
-        return (grad_x, None, None, None, *grads)
+                batch.rows_of(grad_x).baddbmm_(grad_KnR, a_KRI)
+        return (grad_x, None, None, None, *grads_a, *grads_b)
+
+
+def _stack(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """[K, R, ...] in this dtype."""
+    return rows[0].unsqueeze(0).to(dtype) if len(rows) == 1 else torch.stack(tuple(rows)).to(dtype)

@@ -8,9 +8,22 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, exists, func, or_, select, true
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    and_,
+    bindparam,
+    exists,
+    func,
+    or_,
+    select,
+    true,
+)
 
 from loramux.registry.errors import NotFound
 from loramux.registry.names import LATEST, Ref
@@ -27,20 +40,17 @@ _ABOUT = [
 
 def one_version(connection: Connection, ref: Ref, caller: str | None) -> Version:
     """The version a reference means now; NotFound where there is none that `caller` may use."""
-    query = _live(caller).where(adapters.c.tenant == ref.tenant, adapters.c.name == ref.name)
-    if isinstance(ref.version, int):
-        query = query.where(versions.c.version == ref.version)
-    elif ref.digest is not None:
-        query = query.where(versions.c.digest == ref.digest)
-    else:
-        pointed = and_(
-            aliases.c.adapter_id == versions.c.adapter_id, aliases.c.version == versions.c.version
-        )
-        query = query.join(aliases, pointed).where(aliases.c.alias == ref.version)
-    row = connection.execute(query).first()
+    kind = "number" if isinstance(ref.version, int) else "alias" if ref.digest is None else "digest"
+    wanted = ref.version if ref.digest is None else ref.digest
+    given = {"of": ref.tenant, "called": ref.name, "wanted": wanted, "caller": caller}
+    query = _ONE[kind, caller is None]
+    row = connection.execute(query, given).first()
     if row is None:
         raise NotFound.of(ref)
-    return whole(connection, [row])[0]
+    named = connection.execute(_NAMES_OF_ONE, {"adapter": row.adapter_id, "version": row.version})
+    found = connection.execute(_FILES_OF_ONE, {"version": row.id})
+    entries = [FileEntry(file.path, file.sha256, file.num_bytes) for file in found]
+    return _version(row, [alias for (alias,) in named], entries)
 
 
 def by_id(connection: Connection, version_id: int) -> Version:
@@ -123,7 +133,7 @@ def _version(row: Row[Any], names: list[str], entries: list[FileEntry]) -> Versi
     )
 
 
-def _live(caller: str | None) -> Select[Any]:
+def _live(caller: Any) -> Select[Any]:
     everyone = _shared_with(EVERYONE).label("everyone")
     return (
         select(*_ABOUT, adapters.c.tenant, adapters.c.name, everyone)
@@ -132,14 +142,14 @@ def _live(caller: str | None) -> Select[Any]:
     )
 
 
-def may_use(caller: str | None) -> ColumnElement[bool]:
+def may_use(caller: Any) -> ColumnElement[bool]:
     """Own, shared with the caller, or shared with all; everything for the operator (None)."""
     if caller is None:
         return true()
     return or_(adapters.c.tenant == caller, _shared_with(caller, EVERYONE))
 
 
-def _shared_with(*tenants: str) -> Any:
+def _shared_with(*tenants: Any) -> Any:
     return exists().where(shares.c.adapter_id == adapters.c.id, shares.c.tenant.in_(tenants))
 
 
@@ -159,3 +169,33 @@ def _default_version() -> Any:
 
 def _chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
     return (ids[i : i + _MANY] for i in range(0, len(ids), _MANY))
+
+
+def _one(kind: str, is_operator: bool) -> Select[Any]:
+    query = _live(None if is_operator else bindparam("caller")).where(
+        adapters.c.tenant == bindparam("of"), adapters.c.name == bindparam("called")
+    )
+    wanted: Any = bindparam("wanted")
+    if kind == "number":
+        return query.where(versions.c.version == wanted)
+    if kind == "digest":
+        return query.where(versions.c.digest == wanted)
+    pointed = and_(
+        aliases.c.adapter_id == versions.c.adapter_id, aliases.c.version == versions.c.version
+    )
+    return query.join(aliases, pointed).where(aliases.c.alias == wanted)
+
+
+# Built once: a server looks a name up for nearly every new one it meets, and building these takes longer than the
+# database does to answer.
+_ONE = MappingProxyType(
+    {
+        (kind, is_operator): _one(kind, is_operator)
+        for kind in ("number", "alias", "digest")
+        for is_operator in (True, False)
+    }
+)
+_NAMES_OF_ONE = select(aliases.c.alias).where(
+    aliases.c.adapter_id == bindparam("adapter"), aliases.c.version == bindparam("version")
+)
+_FILES_OF_ONE = select(files).where(files.c.version_id == bindparam("version"))

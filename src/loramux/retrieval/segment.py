@@ -21,7 +21,7 @@ from loramux.retrieval.index import Entry
 from loramux.retrieval.profile import Profile
 from loramux.retrieval.text import NUM_BUCKETS, Floats, Ints, Sparse, unit
 
-MANY_ROWS = 1 << 14
+MANY_ROWS = 1 << 13
 Rows: TypeAlias = NDArray[np.int64]
 PLAIN = (
     "buckets",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,23 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
+from loramux.train.attention import fastest_attention
+
 NAME = "loramux_rows"
+DROPOUTS = ("attention_dropout", "attn_pdrop")  # what configs call it
 
 
 @dataclass(frozen=True, eq=False)
 class RowBlock:
-    """The rows of one job: [B, T], 0 in `mask_BT` where a token is padding, or segments of packed rows."""
+    """The rows of one job: [B, T], 0 in `mask_BT` where a token is padding, or segments of packed rows.
+
+    draws: None for the rows of several jobs, which is only right where attention draws nothing.
+    """
 
     shape: tuple[int, int]
     mask_BT: Tensor | None
     segment_BT: Tensor | None
-    draws: Callable[[], AbstractContextManager[None]]
+    draws: Callable[[], AbstractContextManager[None]] | None
 
     @property
     def num_tokens(self) -> int:
@@ -63,20 +69,40 @@ class RowAttention:
         AttentionInterface.register(NAME, attend_by_rows)
         AttentionMaskInterface.register(NAME, masks_by_rows)
         self._configs = _configs_of(model)
+        self._draws = any(getattr(c, name, 0) for c in self._configs for name in DROPOUTS)
 
     @contextmanager
     def over(self, blocks: Sequence[RowBlock]) -> Iterator[None]:
         """Model calls inside hold one row with these blocks, one behind the other."""
         before = [config._attn_implementation for config in self._configs]
+        call = tuple(blocks if self._draws else merged(blocks))
         try:
             for config, own in zip(self._configs, before, strict=True):
-                vars(config)[NAME] = Call(tuple(blocks), own or "sdpa")
+                vars(config)[NAME] = Call(call, own or "sdpa")
                 config._attn_implementation = NAME
             yield
         finally:
             for config, own in zip(self._configs, before, strict=True):
                 config._attn_implementation = own
                 vars(config).pop(NAME, None)
+
+
+def merged(blocks: Sequence[RowBlock]) -> list[RowBlock]:
+    """Neighbours of one length as one block: attention works on each row by itself, and a call costs much by itself."""
+    found: list[RowBlock] = []
+    for block in blocks:
+        last = found[-1] if found else None
+        is_plain = block.segment_BT is None and block.mask_BT is not None
+        if last is None or not is_plain or last.segment_BT is not None or last.mask_BT is None:
+            found.append(block)
+        elif last.shape[1] != block.shape[1]:
+            found.append(block)
+        else:
+            assert block.mask_BT is not None
+            mask_BT = torch.cat([last.mask_BT, block.mask_BT])
+            shape = (last.shape[0] + block.shape[0], block.shape[1])
+            found[-1] = RowBlock(shape, mask_BT, None, None)
+    return found
 
 
 def _configs_of(model: nn.Module) -> list[Any]:
@@ -126,10 +152,12 @@ def attend_by_rows(
     parts = (x_1HND.split(sizes, dim=2) for x_1HND in (query_1HND, key_1HND, value_1HND))
     for block, mask, *qkv in zip(call.blocks, attention_mask.masks, *parts, strict=True):
         rows = [_unflatten(part, block.shape) for part in qkv]
-        if dropout > 0:
-            with block.draws():
-                y_BTHD, _ = attend(module, *rows, mask, dropout=dropout, **given)
-        else:
+        if dropout > 0 and block.draws is None:
+            raise RuntimeError(
+                f"{type(module).__name__} draws numbers that its config does not name"
+            )
+        draws = block.draws() if dropout > 0 and block.draws is not None else nullcontext()
+        with draws, fastest_attention(query_1HND.device, query_1HND.dtype, block.shape[1]):
             y_BTHD, _ = attend(module, *rows, mask, dropout=dropout, **given)
         out.append(y_BTHD.reshape(1, block.num_tokens, *y_BTHD.shape[2:]))
     return torch.cat(out, dim=1), None
