@@ -16,13 +16,16 @@ BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo tenants test lint format bench storm alike reference clean
+.PHONY: demo tenants serve-demo fuzz crash test lint format bench storm alike reference clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
 
 tenants: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux tenants
+
+serve-demo: $(VENV)/.stamp-serve
+	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux serve-demo
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -38,6 +41,9 @@ format: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	for what in decode prefill mixed load residency serve train; do $(BIN)/loramux bench $$what $(BENCH_ARGS) || exit 1; done
+
+crash: $(VENV)/.stamp-dev
+	$(BIN)/python -m loramux.registry.crash --kills 1000
 
 reference: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.cli.reference docs/reference
@@ -56,6 +62,10 @@ $(VENV)/.stamp-torch:
 # The pin is repeated: a dependency must not move torch to another build.
 $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
 	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo]"
+	touch $@
+
+$(VENV)/.stamp-serve: pyproject.toml $(VENV)/.stamp-torch
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo,serve,retrieval]" "openai>=1.40"
 	touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
