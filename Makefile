@@ -42,6 +42,10 @@ format: $(VENV)/.stamp-dev
 bench: $(VENV)/.stamp-dev
 	for what in decode prefill mixed load residency serve train; do $(BIN)/loramux bench $$what $(BENCH_ARGS) || exit 1; done
 
+fuzz: $(VENV)/.stamp-dev
+	PYTHONPATH=tests $(BIN)/python -m fuzz.uploads --archives 2000 --mutations 50000 --names 20000
+	LORAMUX_FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/server/test_openapi.py
+
 crash: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.registry.crash --kills 1000
 

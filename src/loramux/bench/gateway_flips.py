@@ -4,8 +4,8 @@
 
 A real engine behind the real server, on a tiny base whose adapters each say a word of their own. Clients ask for
 `NAME@live` without pause, whole and streamed; another one moves `live` by compare-and-swap. Of every answer: all its
-words belong to one content; that content is the one that the receipt names, and the reply's `model`; `live` led there at
-some moment between the question and its answer; and the receipt's signature holds.
+words belong to one content; that content is the one that the receipt names, and the reply's `model`; `live` led there
+at some moment between the question and its answer; and the receipt's signature holds.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python -m loramux.bench.gateway_kill --kills 40
 
-The server is real but for the engine. Clients upload without pause; at a random moment the process is killed. Then `fsck`
-finds nothing torn, every upload that was acknowledged is there with the digest that was told, and the server, started
-again over the same folders, takes an upload and answers with it.
+The server is real but for the engine. Clients upload without pause; at a random moment the process is killed. Then
+`fsck` finds nothing torn, every upload that was acknowledged is there with the digest that was told, and the server,
+started again over the same folders, takes an upload and answers with it.
 """
 
 from __future__ import annotations

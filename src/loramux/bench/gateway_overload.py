@@ -2,8 +2,8 @@
 
     python -m loramux.bench.gateway_overload --factor 10 --seconds 10
 
-Capacity is measured first, with as many clients as there are places. Then calls come at `factor` times that rate, whatever
-the answers do. Each is answered, or refused with 429 or 503 and Retry-After. Afterwards one call at a time is
+Capacity is measured first, with as many clients as there are places. Then calls come at `factor` times that rate,
+whatever the answers do. Each is answered, or refused with 429 or 503 and Retry-After. Afterwards one call at a time is
 sent until one is answered as fast as before the flood (twice the slowest of then), which must be within `RECOVERY_S`.
 """
 

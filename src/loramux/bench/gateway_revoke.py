@@ -3,8 +3,8 @@
     python -m loramux.bench.gateway_revoke --keys 20
 
 This process revokes in the database, as `loramux key revoke` does; the server, another process, is asked with that key
-without pause, beside other calls that go on. The time runs from when the revocation is committed to the first refusal; after it
-no call may be let in again.
+without pause, beside other calls that go on. The time runs from when the revocation is committed to the first refusal;
+after it no call may be let in again.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A real engine behind the real server, on a tiny base. Per round every tenth stream is read slowly through a small
 receive buffer, every fifth is left after a few chunks, the others are read to their end. When the last client is done
-the engine's books must be empty within `FREE_S`: nothing runs or waits, no slot is pinned, every block can be given out.
+the engine's books must be empty within `FREE_S`: nothing runs or waits, no slot is pinned, every block is free.
 """
 
 from __future__ import annotations

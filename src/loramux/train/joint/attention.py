@@ -92,16 +92,13 @@ def merged(blocks: Sequence[RowBlock]) -> list[RowBlock]:
     found: list[RowBlock] = []
     for block in blocks:
         last = found[-1] if found else None
-        is_plain = block.segment_BT is None and block.mask_BT is not None
-        if last is None or not is_plain or last.segment_BT is not None or last.mask_BT is None:
-            found.append(block)
-        elif last.shape[1] != block.shape[1]:
-            found.append(block)
-        else:
-            assert block.mask_BT is not None
-            mask_BT = torch.cat([last.mask_BT, block.mask_BT])
-            shape = (last.shape[0] + block.shape[0], block.shape[1])
-            found[-1] = RowBlock(shape, mask_BT, None, None)
+        if last is not None and last.shape[1] == block.shape[1]:
+            masks = [m for m in (last.mask_BT, block.mask_BT) if m is not None]
+            if len(masks) == 2 and last.segment_BT is None and block.segment_BT is None:
+                shape = (last.shape[0] + block.shape[0], block.shape[1])
+                found[-1] = RowBlock(shape, torch.cat(masks), None, None)
+                continue
+        found.append(block)
     return found
 
 
