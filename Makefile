@@ -44,6 +44,7 @@ bench: $(VENV)/.stamp-dev
 
 fuzz: $(VENV)/.stamp-dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz.uploads --archives 2000 --mutations 50000 --names 20000
+	LORAMUX_RETRIEVAL_CALLS=100000 $(BIN)/python -m pytest -q tests/retrieval/test_retriever.py -k outside
 	LORAMUX_FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/server/test_openapi.py
 
 crash: $(VENV)/.stamp-dev
