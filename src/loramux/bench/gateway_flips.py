@@ -25,6 +25,8 @@ from typing import Any
 from loramux.bench.gateway_http import ask, get, open_call
 from loramux.bench.gateway_server import Served, in_process
 from loramux.bench.gateway_world import ACTOR, LOCAL, World, prepare, word
+from loramux.server.receipts import parse, verify
+from loramux.server.signing import PublicKeys
 
 NAMES, VERSIONS, ALIAS = ("law", "tone", "code"), 4, "live"
 MAX_PROBLEMS = 20
@@ -49,7 +51,7 @@ class Flips:
 
 
 @dataclass(frozen=True)
-class _Led:
+class Led:
     """`live` of a name may have led here from `since` on (a move was asked for), until `until` (the next was over)."""
 
     version: int
@@ -74,13 +76,11 @@ class Flipping:
         self.port, self.contents = served.port, contents
         self.draw = random.Random(seed)
         self.found = Flips()
-        self.led = {name: [_Led(1, 0.0)] for name in NAMES}
+        self.led = {name: [Led(1, 0.0)] for name in NAMES}
         self.over: dict[str, list[float]] = {name: [] for name in NAMES}  # when each move was over
         self.is_flipping = True
 
     async def run(self, flips: int, clients: int, pause_s: float) -> Flips:
-        from loramux.server.signing import PublicKeys
-
         self.keys = PublicKeys.from_json((await get(self.port, "/v1/receipts/key")).json())
         asking = [asyncio.ensure_future(self._ask_on(i)) for i in range(clients)]
         try:
@@ -95,7 +95,7 @@ class Flipping:
     async def _flip(self, name: str) -> None:
         now = self.led[name][-1].version
         wanted = self.draw.choice([v for v in range(1, VERSIONS + 1) if v != now])
-        self.led[name].append(_Led(wanted, time.perf_counter()))
+        self.led[name].append(Led(wanted, time.perf_counter()))
         reply = await ask(
             self.port, {"version": wanted}, method="PUT",
             path=f"/v1/adapters/{name}/aliases/{ALIAS}", headers={"If-Match": f'"{now}"'},
@@ -108,29 +108,33 @@ class Flipping:
     async def _ask_on(self, number: int) -> None:
         draw = random.Random(f"{number} asks")
         while self.is_flipping:
-            name = draw.choice(NAMES)
-            body = {
-                "model": f"{name}@{ALIAS}",
-                "prompt": " ".join(f"w{draw.randrange(64)}" for _ in range(draw.randint(2, 24))),
-                "max_tokens": draw.randint(2, 12),
-                "temperature": 0,
-                "stream": draw.random() < 0.5,
-            }
-            asked = time.perf_counter()
-            async with open_call(self.port, body) as answer:
-                if answer.status != 200:
-                    self.found.problem(
-                        f"a call gave {answer.status}: {(await answer.body())[:200]!r}"
-                    )
-                    continue
-                text, said = await _read(answer, bool(body["stream"]))
-            self.found.answers += 1
-            self.found.streamed += bool(body["stream"])
-            self._judge(name, text, said, asked, time.perf_counter())
+            await self._ask(draw, draw.choice(NAMES))
+
+    async def ask_once(self, name: str) -> Flips:
+        """One call, judged."""
+        self.keys = PublicKeys.from_json((await get(self.port, "/v1/receipts/key")).json())
+        await self._ask(self.draw, name)
+        return self.found
+
+    async def _ask(self, draw: random.Random, name: str) -> None:
+        body = {
+            "model": f"{name}@{ALIAS}",
+            "prompt": " ".join(f"w{draw.randrange(64)}" for _ in range(draw.randint(2, 24))),
+            "max_tokens": draw.randint(2, 12),
+            "temperature": 0,
+            "stream": draw.random() < 0.5,
+        }
+        asked = time.perf_counter()
+        async with open_call(self.port, body) as answer:
+            if answer.status != 200:
+                self.found.problem(f"a call gave {answer.status}: {(await answer.body())[:200]!r}")
+                return
+            text, said = await _read(answer, bool(body["stream"]))
+        self.found.answers += 1
+        self.found.streamed += bool(body["stream"])
+        self._judge(name, text, said, asked, time.perf_counter())
 
     def _judge(self, name: str, text: str, said: dict[str, Any], asked: float, over: float) -> None:
-        from loramux.server.receipts import parse, verify
-
         words = set(text.split())
         receipt = parse(said["loramux"]["receipt"])
         verify(receipt, self.keys)

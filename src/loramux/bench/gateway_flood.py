@@ -143,11 +143,14 @@ async def race(served: Served, key: str, kind: str, calls: int = RACE_CALLS) -> 
 
 def race_tenants(tenancy: Any, number: int) -> dict[str, str]:
     """A tenant per kind, with fresh minutes; kind -> key."""
-    limits = {"requests": {"requests_per_minute": RACE_REQUESTS}, "tokens": {"tokens_per_minute": RACE_TOKENS}}  # fmt: skip
-    return {
-        kind: add_tenants(tenancy, [f"race-{kind}-{number}"], **limit)[f"race-{kind}-{number}"]
-        for kind, limit in limits.items()
+    limits = {
+        "requests": {"requests_per_minute": RACE_REQUESTS},
+        "tokens": {"tokens_per_minute": RACE_TOKENS},
     }
+    made: dict[str, str] = {}
+    for kind, limit in limits.items():
+        made[kind] = add_tenants(tenancy, [f"race-{kind}-{number}"], **limit).popitem()[1]
+    return made
 
 
 async def races(served: Served, tenancy: Any, count: int) -> list[Race]:

@@ -54,7 +54,9 @@ class Overload:
         }
 
 
-async def run(served: Served, factor: float, seconds: float, tokens: int) -> Overload:
+async def run(
+    served: Served, factor: float, seconds: float, tokens: int, places: int = PLACES
+) -> Overload:
     port, found = served.port, Overload()
     body = {"model": "base", "prompt": "w1 w2 w3", "max_tokens": tokens, "temperature": 0}
 
@@ -63,7 +65,7 @@ async def run(served: Served, factor: float, seconds: float, tokens: int) -> Ove
         return await ask(port, body), time.perf_counter() - began
 
     usual = max([(await timed())[1] for _ in range(5)])
-    found.capacity_per_s = round(await _capacity(port, body, min(2.0, seconds)), 1)
+    found.capacity_per_s = round(await _capacity(port, body, min(2.0, seconds), places), 1)
     refusals: list[float] = []
 
     async def one() -> None:
@@ -107,7 +109,7 @@ def _judge(found: Overload) -> None:
     del found.problems[20:]
 
 
-async def _capacity(port: int, body: Any, seconds: float) -> float:
+async def _capacity(port: int, body: Any, seconds: float, places: int) -> float:
     """Answers a second with every place taken."""
     until, count = time.perf_counter() + seconds, 0
 
@@ -117,7 +119,7 @@ async def _capacity(port: int, body: Any, seconds: float) -> float:
             count += (await ask(port, body)).status == 200
 
     began = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(PLACES)))
+    await asyncio.gather(*(client() for _ in range(places)))
     return count / (time.perf_counter() - began)
 
 

@@ -64,7 +64,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients down to `max_norm`; returns their norm before."""
     with_grad = [p for p in parameters.values() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(with_grad, max_norm)
+    grads = [p.grad for p in with_grad if p.grad is not None]
+    if not grads:
+        return torch.zeros(())
+    # As torch.nn.utils.get_total_norm, which moves each of hundreds of norms to the device that it is on.
+    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total)
+    return total
 
 
 # --- Optimizer state as flat tensors, for safetensors ---------------------------------------------
