@@ -29,6 +29,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    """A base; a Llama of one layer is all that most claims need."""
+    layers = {"num_hidden_layers": 1} if family == "llama" else {}
+    return build_pico(family, dtype=dtype, **layers)
+
+
 def job(name: str, method: str = "", *, steps: int = 8, **changes: Any) -> Job:
     """A job of this method (its name says which, without one); its seed and data differ from the others'."""
     method = method or name
@@ -92,7 +98,7 @@ def solo(
     each: Job, family: str = "llama", dtype: torch.dtype = torch.float32
 ) -> tuple[dict[str, torch.Tensor], Seen]:
     """(weights, what was seen) of a job trained by the solo trainer on a base of its own."""
-    base = build_pico(family, dtype=dtype)
+    base = tiny(family, dtype)
     handle = attached(base, [each.name], dtype)
     seen = Seen()
     Trainer(base, handle, [each], listeners=(seen,)).run()

@@ -17,15 +17,14 @@ from typing import Any
 
 import torch
 
-from joint.jobs import METHODS, attached, job
+from joint.jobs import METHODS, attached, job, tiny
 from loramux.train import Listener, StepEvent, Trainer
 from loramux.train.joint import Command, JointTrainer
 from loramux.train.joint.commands import Journal
-from pico import build_pico
 
 NAMES = ["lora", "mixlora", "smora"]
-STEPS = {"lora": 9, "mixlora": 11, "smora": 7, "milora": 6}
-SAVE_EVERY = 4
+STEPS = {"lora": 7, "mixlora": 9, "smora": 6, "milora": 4}
+SAVE_EVERY = 3
 
 
 class Arrivals:
@@ -87,7 +86,7 @@ def die_when_a_command_is_written_down() -> None:
 
 
 def run(out: Path, *listeners: Listener) -> None:
-    base = build_pico("llama")
+    base = tiny()
     handle = attached(base, NAMES)
 
     def load(name: str) -> Any:
@@ -138,7 +137,7 @@ def kills(folder: Path, number: int) -> dict[str, Callable[[Path], object]]:
         run(out)
 
     return {
-        "after a step": lambda out: run(out, KillAfter(18)),
+        "after a step": lambda out: run(out, KillAfter(15)),
         "while a state is written": renaming,
         "with a command written down": writing_down,
     }

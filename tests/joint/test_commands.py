@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from joint.jobs import Seen, attached, job, solo_of, weights
+from joint.jobs import Seen, attached, job, solo_of, tiny, weights
 from loramux.train import Listener, StepEvent, Trainer
 from loramux.train.joint import Candidate, Command, JointTrainer, RoundRobin
 from loramux.train.joint.commands import Journal
-from pico import build_pico
 
 DOUBLE = torch.float64
 
@@ -52,7 +51,7 @@ def trainer(
     steps: int = 6,
     **options: Any,
 ) -> tuple[JointTrainer, Scripted]:
-    base = build_pico("llama", dtype=DOUBLE)
+    base = tiny(dtype=DOUBLE)
     handle = attached(base, names, DOUBLE)
     inbox = Scripted(script)
 

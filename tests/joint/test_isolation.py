@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from joint.jobs import METHODS, Seen, attached, job, solo, weights
+from joint.jobs import METHODS, Seen, attached, job, solo, tiny, weights
 from loramux.train.joint import JointTrainer
 from loramux.train.joint.forward import JointForward
-from pico import build_pico
 
 
 def together(
     jobs: list[Any], family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any
 ) -> tuple[Any, Seen, JointTrainer]:
-    base = build_pico(family, dtype=dtype)
+    base = tiny(family, dtype)
     handle = attached(base, [each.name for each in jobs], dtype)
     seen = Seen()
     trainer = JointTrainer(base, handle, jobs, listeners=(seen,), **options)
@@ -53,7 +52,7 @@ def test_sliding_windows_dropout_of_the_base_and_fused_linears_stay_apart_too(fa
 
 def test_losses_and_gradients_of_fp32_are_those_of_solo_steps_from_equal_state_to_1e_5() -> None:
     jobs = [job(name, steps=6) for name in METHODS]
-    base = build_pico("llama")
+    base = tiny()
     handle = attached(base, list(METHODS))
     trainer = JointTrainer(base, handle, jobs)
     pairs: list[tuple[Any, Any]] = []
@@ -79,7 +78,7 @@ def test_losses_and_gradients_of_fp32_are_those_of_solo_steps_from_equal_state_t
 
     trainer.joint = Both(base, handle, trainer.forward)
     trainer.run()
-    assert len(pairs) > 30
+    assert len(pairs) >= 30
     for one, other in pairs:
         torch.testing.assert_close(one.loss, other.loss, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(one.aux, other.aux, rtol=1e-5, atol=1e-5)
@@ -137,7 +136,7 @@ def test_activation_checkpointing_draws_and_routes_the_same_again() -> None:
 
 def test_the_base_is_multiplied_once_per_linear_and_direction_whatever_the_number_of_jobs() -> None:
     def calls(names: list[str]) -> int:
-        base = build_pico("llama")
+        base = tiny()
         handle = attached(base, names)
         trainer = JointTrainer(base, handle, [job(name, "lora", steps=1) for name in names])
         count = 0
@@ -156,7 +155,7 @@ def test_the_base_is_multiplied_once_per_linear_and_direction_whatever_the_numbe
 
 
 def test_jobs_that_end_leave_the_others_as_they_were_and_the_base_untouched() -> None:
-    before = {key: value.clone() for key, value in build_pico("llama").named_parameters()}
+    before = {key: value.clone() for key, value in tiny().named_parameters()}
     jobs = [job("lora", steps=3), job("mixlora", steps=9)]
     handle, _, _ = together(jobs)
     want, _ = solo(jobs[1])
@@ -169,7 +168,7 @@ def test_jobs_that_end_leave_the_others_as_they_were_and_the_base_untouched() ->
 
 
 def test_the_model_attends_and_draws_as_before_when_the_run_is_over() -> None:
-    base = build_pico("gpt2")
+    base = tiny("gpt2")
     handle = attached(base, ["lora", "milora"])
     own = base.config._attn_implementation
     state = torch.get_rng_state()

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from joint.jobs import attached, job
+from joint.jobs import attached, job, tiny
 from loramux.train import CheckpointError, Listener, StepEvent, Trainer
 from loramux.train.joint import JointTrainer
-from pico import build_pico
 
 HERE = Path(__file__).parent
 POINTS = os.environ.get("LORAMUX_KILL_POINTS", "")
@@ -65,7 +64,7 @@ class StopAfter(Listener):
 
 
 def two(out: Path, *listeners: Listener, resume: bool = True, **changes: Any) -> JointTrainer:
-    base = build_pico("llama")
+    base = tiny()
     handle = attached(base, ["lora", "mixlora"])
     jobs = [job("lora", steps=3), job("mixlora", steps=8, **changes)]
     return JointTrainer(base, handle, jobs, out=out, resume=resume, listeners=listeners)

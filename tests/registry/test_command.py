@@ -63,15 +63,61 @@ def test_an_adapter_goes_in_and_comes_out_byte_for_byte(
         assert out.read_bytes() == (adapters[0] / file["path"]).read_bytes()
     assert "is there already" in run("pull", "sums", "--out", tmp_path / "out", fails=2)
     run("pull", "sums", "--out", tmp_path / "out", "--force")
-    shutil.rmtree(tmp_path / "out")
+
+
+def test_a_pull_replaces_an_adapter_and_nothing_else(
+    run: Run, two: list[Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    run("pull", "sums", "--out", tmp_path / "mine", "--force")  # an empty folder
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("1")
+    (tmp_path / "file").write_text("1")
+    (tmp_path / "link").symlink_to(tmp_path / "mine")
+    (tmp_path / "loose").symlink_to(tmp_path / "nowhere")
+    before = sorted(path for path in tmp_path.rglob("*") if "registry" not in path.parts)
+    for name in ("thesis", "file", "link", "loose"):
+        error = run("pull", "sums", "--out", tmp_path / name, "--force", fails=2)
+        assert "holds no adapter" in error and error.count("\n") == 1
+    after = sorted(path for path in tmp_path.rglob("*") if "registry" not in path.parts)
+    assert after == before and (tmp_path / "thesis" / "chapter").read_text() == "1"
+
+
+def test_a_folder_without_a_registry_is_neither_empty_nor_clean(run: Run, tmp_path: Path) -> None:
+    verbs = (
+        *(["list"], ["search", "x"], ["fsck"], ["collect"], ["show", "x"], ["delete", "x"]),
+        *(["alias", "x@1", "y"], ["share", "x", "acme"], ["pull", "x", "--out", tmp_path / "o"]),
+        ["score", "x", "a", "b", "1"],
+    )
+    for verb in verbs:
+        assert "there is no registry in" in run(*verb, fails=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_alias_goes_although_nothing_is_the_latest(
+    run: Run, adapters: list[Path], base: Path
+) -> None:
+    run("push", adapters[0], "--name", "sums", "--base", base, "--alias", "canary")
+    assert run("alias", "sums", "canary", "--remove")["version"] is None
+    assert run("show", "sums@1")["aliases"] == []
 
 
 def test_pushing_the_same_again_changes_nothing(
-    run: Run, two: list[Any], adapters: list[Path], base: Path, tmp_path: Path
+    run: Run,
+    two: list[Any],
+    adapters: list[Path],
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     archive = shutil.make_archive(str(tmp_path / "parcel"), "zip", adapters[0])
     again = run("push", archive, "--name", "sums", "--base", base)
     assert again["digest"] == two[0]["digest"] and again["version"] == 1
+    words = ("push", archive, "--name", "sums", "--base", base, "--json", str(tmp_path / "out"))
+    capsys.readouterr()
+    root = ["--root", str(tmp_path / "registry")]
+    assert main(["registry", *map(str, words), *root, "--meta", "task=sums"]) == 0
+    assert "local/sums@1 was there already and keeps its metadata" in capsys.readouterr().err
 
 
 def test_a_bad_adapter_is_refused_in_one_line_and_nothing_is_stored(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import subprocess
@@ -15,7 +16,9 @@ from sqlalchemy import text
 
 import loramux.registry.db as db
 from loramux.registry import Registry, StorageError
+from loramux.registry.blobs import RemoteBlobs
 from loramux.registry.db import begin
+from loramux.registry.tables import lock_writers
 from registry.test_publish import counted
 from registry.uploads import put
 
@@ -132,10 +135,12 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing(tmp_path: Path) -> No
 
 
 def test_a_database_that_stays_locked_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_registry: Callable[..., Registry], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(db, "LOCK_WAIT_S", 0.05)
-    with Registry.open(tmp_path / "registry") as registry, begin(registry.database):
+    registry = open_registry()
+    with begin(registry.database) as connection:
+        lock_writers(connection)
         errors: list[StorageError] = []
 
         def publish() -> None:
@@ -148,6 +153,44 @@ def test_a_database_that_stays_locked_says_so(
         thread.start()
         thread.join()
         assert [error.code for error in errors] == ["database_busy"]
+
+
+def test_a_database_without_a_free_connection_says_so(
+    open_registry: Callable[..., Registry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db, "LOCK_WAIT_S", 0.05)
+    registry = open_registry()
+    with contextlib.ExitStack() as held:
+        for _ in range(15):
+            held.enter_context(registry.database.connect())
+        with pytest.raises(StorageError, match="every connection") as refused:
+            registry.generation()
+    assert refused.value.code == "database_busy"
+    assert registry.generation() > 0
+
+
+@pytest.mark.parametrize("call", ["put_file", "open", "mv", "makedirs"])
+def test_a_blob_store_that_fails_in_its_own_way_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    class SlowDown(Exception):
+        """What a client of an object store raises: no OSError."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise SlowDown("see https://secret.example")
+
+    with Registry.open(tmp_path / "registry", blobs=f"memory://fails-{call}/blobs") as registry:
+        put(registry, tmp_path, "a")
+        before = counted(registry)
+        store = registry._parts.blobs
+        assert isinstance(store, RemoteBlobs)
+        with monkeypatch.context() as broken:
+            broken.setattr(store.fs, call, fail)
+            with pytest.raises(StorageError, match="SlowDown") as refused:
+                put(registry, tmp_path, "b")
+        assert "secret" not in str(refused.value)
+        assert counted(registry) == before
+        assert put(registry, tmp_path, "b").version == 2
 
 
 def test_a_database_that_is_gone_says_so(tmp_path: Path) -> None:

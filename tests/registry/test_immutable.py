@@ -33,6 +33,8 @@ REFUSED = {
     "alias made to deleted": "INSERT INTO aliases VALUES (1, 'x', 3, 1.0, 't')",
     "number again": "UPDATE adapters SET last_version = 0",
     "name": "DELETE FROM adapters",
+    "owner": "UPDATE adapters SET tenant = 'eve'",
+    "other name": "UPDATE adapters SET name = 'other'",
     "second live one": (
         "INSERT INTO versions SELECT 99, adapter_id, 99, digest, base_digest, method, servability, "
         "max_rank, num_bytes, num_files, metadata, provenance, search_text, created_at, created_by, "
@@ -41,6 +43,8 @@ REFUSED = {
     "generation row": "INSERT INTO generation VALUES (2, 7)",
 }
 REFUSED_BY_SQLITE = {
+    "replaced name": "INSERT OR REPLACE INTO adapters VALUES (1, 'eve', 'sums', 3, 1.0)",
+    "replaced owner's name": "INSERT OR REPLACE INTO adapters VALUES (7, 'ann', 'sums', 0, 1.0)",
     "replaced version": (
         "INSERT OR REPLACE INTO versions SELECT id, adapter_id, version, "
         f"'{DIGEST}', base_digest, method, servability, max_rank, num_bytes, num_files, metadata, "
@@ -88,8 +92,9 @@ def test_an_alias_moves_only_from_where_it_was_expected(registry: Registry, tmp_
     registry.set_alias("ann/sums", "prod", 2, expect=1, actor="t")
     with pytest.raises(Conflict, match="does not exist"):
         registry.set_alias("ann/sums", "other", 2, expect=1, actor="t")
-    with pytest.raises(NotFound):
-        registry.set_alias("ann/sums", "prod", 3, actor="t")
+    for number in (-1, 0, 3, 2**40, 2**70):  # more than a column holds is still only not there
+        with pytest.raises(NotFound):
+            registry.set_alias("ann/sums", "prod", number, actor="t")
     registry.drop_alias("ann/sums", "prod", expect=2, actor="t")
     with pytest.raises(NotFound):
         registry.drop_alias("ann/sums", "prod", actor="t")

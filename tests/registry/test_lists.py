@@ -59,6 +59,14 @@ def test_a_list_is_filtered_by_base_and_words(registry: Registry, tmp_path: Path
     assert registry.list("eve", query="adder") == []
 
 
+@pytest.mark.parametrize("word", ["a\0b", "\udcff", "x" * 100_000])
+def test_words_that_no_database_can_look_for_are_one_error(registry: Registry, word: str) -> None:
+    for more in ({"query": word}, {"base": word}, {"after": word}, {"caller": word}):
+        with pytest.raises(RegistryError, match="cannot be looked for") as refused:
+            registry.list(**{"caller": "ann", **more})
+        assert refused.value.code == "bad_query" and len(str(refused.value)) < 300
+
+
 def test_ten_thousand_adapters_open_and_list_within_a_second(
     tmp_path: Path, sqlite_template: Path
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, text
 
-from loramux.registry import NotFound, Registry, RegistryError, Version
+from loramux.registry import Conflict, NotFound, Registry, RegistryError, Version
 from loramux.registry.db import begin, reading
 from loramux.registry.names import NameProblem, Ref
 from registry.uploads import put, sha, upload
@@ -58,6 +58,18 @@ def test_the_same_content_again_is_the_same_version_and_takes_the_alias(
     assert put(registry, tmp_path, "a", name="other").version == 1
 
 
+def test_the_same_content_for_another_base_never_passes_for_the_version_it_was(
+    registry: Registry, tmp_path: Path
+) -> None:
+    put(registry, tmp_path, "a", base="b" * 64)
+    put(registry, tmp_path, "b", base="b" * 64)
+    before = counted(registry)
+    with pytest.raises(Conflict, match="version 1 already, checked against another base"):
+        put(registry, tmp_path, "a", base="c" * 64)
+    assert counted(registry) == before
+    assert put(registry, tmp_path, "a", name="other", base="c" * 64).base_digest == "c" * 64
+
+
 def test_an_alias_may_be_left_alone(registry: Registry, tmp_path: Path) -> None:
     put(registry, tmp_path, "a")
     put(registry, tmp_path, "b", alias=None)
@@ -75,6 +87,10 @@ def test_the_same_name_of_two_tenants_is_two_adapters(registry: Registry, tmp_pa
     )
 
 
+def nested(levels: int) -> Any:
+    return 1 if levels == 0 else [{"x": nested(levels - 2)}] if levels > 1 else [1]
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "name": ({"name": "../x"}, "bad_name"),
     "reserved": ({"name": "auto"}, "bad_name"),
@@ -82,6 +98,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "alias": ({"alias": "1"}, "bad_name"),
     "metadata": ({"metadata": {"x": float("nan")}}, "bad_metadata"),
     "metadata type": ({"metadata": {"x": object()}}, "bad_metadata"),
+    "metadata too deep": ({"metadata": {"x": nested(16)}}, "bad_metadata"),
+    "provenance too deep": ({"provenance": {"x": nested(900)}}, "bad_metadata"),
+    "half a letter": ({"metadata": {"x": "\ud83e"}}, "bad_metadata"),
+    "half a letter in a key": ({"metadata": {"\udcff": 1}}, "bad_metadata"),
     "metadata size": ({"provenance": {"x": "y" * 20_000}}, "bad_metadata"),
     "visibility": ({"visibility": "public"}, "registry"),
     "actor": ({"actor": ""}, "bad_actor"),

@@ -1,9 +1,14 @@
 """`router:ramole`: retrieved adapters under a trained router, in the same engine as everything else."""
 
+import asyncio
 import random
+import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from engine.helpers import plain_logits
@@ -19,6 +24,7 @@ from methods.ramole_case import routed
 from pico import build_pico, pico_tokenizer
 from server.rig import LOCAL, FolderRegistry, config, error_of
 
+USER = SimpleNamespace(tenant="local")
 WORDS = {"red": "court judge lease", "green": "oven sugar flour", "blue": "loop array compile"}
 
 
@@ -88,3 +94,64 @@ def test_without_a_trained_router_the_name_is_unknown(served):
     del services.extras["ramole"]
     response = http.post("/v1/completions", json={"model": "router:ramole", "prompt": "the judge"})
     assert error_of(response, 404)["code"] == "model_not_found"
+
+
+def test_what_cannot_be_an_expert_is_left_out_and_the_others_answer(served, tmp_path):
+    http, services, folders, _ = served
+    registry, retriever = services.registry, services.retriever
+    odd: Any = attach(build_pico("llama"), LoraConfig(r=2, use_dora=True))
+    with torch.no_grad():
+        for parameter in odd.parameters():
+            parameter.add_(0.1)
+    dora = registry.add_folder("zoo", "dora", odd.save(tmp_path / "dora"), visibility="shared")
+    samples = [f"court judge lease {n}" for n in range(12)]
+    retriever.upsert(dora.ref, make_profile(samples), owner="zoo")
+    for _ in range(2):
+        body = http.post(
+            "/v1/completions", json={"model": "router:ramole", "prompt": "the judge", "max_tokens": 2}
+        ).json()
+        digests = {part["digest"] for part in body["loramux"]["adapters"]}
+        assert digests and digests <= set(folders)
+        assert dora.ref in {hit["ref"] for hit in body["loramux"]["routing"]["runners_up"]}
+
+
+def test_a_client_that_leaves_while_a_set_is_registered_does_not_keep_it_held(served, monkeypatch):
+    _, services, _, _ = served
+    pool = services.extras["ramole"].pool
+    entered = threading.Event()
+    hold = pool.hold
+
+    def slow(*given: Any) -> str:
+        entered.set()
+        time.sleep(0.2)
+        return hold(*given)
+
+    monkeypatch.setattr(pool, "hold", slow)
+
+    async def main() -> None:
+        plan = await services.extras["ramole"](services, config(), "the judge", USER)
+
+        async def use() -> None:
+            async with plan.assembled.held(services):
+                raise AssertionError("the client has left by then")
+
+        using = asyncio.ensure_future(use())
+        await asyncio.to_thread(entered.wait, 5)
+        using.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await using
+
+    asyncio.run(main())
+    assert len(pool) == 1 and not any(pool._held.values())
+
+
+def test_without_room_for_the_set_the_call_is_told_to_come_again(served, monkeypatch):
+    http, services, *_ = served
+
+    def full(*_: Any) -> str:
+        raise ValueError("adapter 'x' takes 9 bytes of /srv/secret")
+
+    monkeypatch.setattr(services.extras["ramole"].pool, "hold", full)
+    response = http.post("/v1/completions", json={"model": "router:ramole", "prompt": "the judge"})
+    assert error_of(response, 503)["code"] == "overloaded" and "secret" not in response.text
+    assert response.headers["retry-after"] == "1"

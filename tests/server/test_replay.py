@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from loramux.cli.main import main
 from loramux.engine.aio import AsyncEngine
 from loramux.engine.engine import Engine
+from loramux.engine.request import Request, SamplingParams
 from loramux.registry import Registry
 from loramux.server.app import create_app
 from loramux.server.issuer import Issuer
@@ -111,6 +112,19 @@ def test_several_prompts_stops_and_penalties_run_again(
     )  # fmt: skip
     checks = replay(parse(reply), prompts, again, registry)
     assert len(checks) == 12 and all_right(checks)
+
+
+def test_an_end_that_min_tokens_forbade_is_forbidden_again(
+    app: Any, services: Services, again: Engine, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = asyncio.run(services.engine.call(lambda engine: engine))
+    [[first]] = again.generate([Request(prompt=PROMPT, params=SamplingParams(max_tokens=1, temperature=0))])
+    # The likeliest token is the end: without `min_tokens` the answer is over at once.
+    for each in (engine, again):
+        monkeypatch.setattr(each._parts, "eos", frozenset(first.token_ids))
+    receipt = parse(ask(app, "pico", max_tokens=4, min_tokens=3))
+    assert receipt.answers[0]["completions"][0]["tokens"] > 1
+    assert all_right(replay(receipt, [PROMPT], again, registry))
 
 
 def test_a_chat_runs_again_from_its_messages(

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+import traceback
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.rig import client, config, error_of, stub_services
 
 A = SimpleNamespace(tenant="a")
 B = SimpleNamespace(tenant="b")
+LOCAL_USER = SimpleNamespace(tenant="local")
 
 
 @pytest.mark.parametrize(
@@ -108,6 +110,28 @@ def test_a_lookup_that_a_change_overtakes_is_not_kept():
     asyncio.run(main())
 
 
+def test_what_is_kept_of_a_missing_name_does_not_grow_with_the_calls_that_ask_for_it():
+    names = Names(StubRegistry())
+
+    async def main() -> None:
+        for _ in range(20):
+            with pytest.raises(ApiError):
+                await names.version("law", A)
+
+    asyncio.run(main())
+    [kept] = names._kept.values()
+    assert len(list(traceback.walk_tb(kept.__traceback__))) < 5
+
+
+def test_a_name_longer_than_any_can_be_is_neither_looked_up_nor_kept():
+    registry = StubRegistry()
+    names = Names(registry)
+    with pytest.raises(ApiError) as missing:
+        asyncio.run(names.version("x" * 2000, A))
+    assert missing.value.code == "model_not_found"
+    assert registry.num_lookups == 0 and not names._kept
+
+
 def test_mixes_of_one_content_twice_and_adapters_of_another_base_are_refused():
     registry = StubRegistry()
     registry.add("local", "law")
@@ -180,6 +204,65 @@ def test_auto_mixes_where_the_configuration_says_so():
         "/v1/completions", json={"model": "auto", "prompt": "court judge lease"}
     ).json()
     assert [part["weight"] for part in body["loramux"]["adapters"]] == [0.5, 0.5]
+
+
+def test_auto_counts_one_content_under_two_names_once_with_both_weights():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    law = registry.resolve("local/law", caller=None)
+    copy = registry.add("zoo", "copy", digest=law.digest, visibility="shared")
+    samples = [f"{word} court judge lease" for word in TOPICS["law"].split()] * 2
+    retriever.upsert(copy.ref, make_profile([f"{s} {n}" for n, s in enumerate(samples)]), owner="zoo")
+    http = client(
+        stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2}
+    )
+    asked = {"model": "auto", "prompt": "court judge lease"}
+    body = http.post("/v1/completions", json=asked).json()
+    refs = {hit["ref"] for hit in body["loramux"]["routing"]["chosen"]}
+    assert refs == {"local/law@1", "zoo/copy@1"}
+    [part] = body["loramux"]["adapters"]
+    assert part == {"ref": "local/law@1", "digest": law.digest, "weight": 1.0}
+
+
+def test_auto_does_not_answer_several_prompts_with_the_adapter_of_the_first():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    http = client(stub_services(registry=registry, retriever=retriever))
+    prompts = ["which court and judge?", "bake sugar in the oven"]
+    response = http.post("/v1/completions", json={"model": "auto", "prompt": prompts})
+    assert error_of(response, 400)["param"] == "prompt"
+    for prompt, topic in zip(prompts, ("law", "food"), strict=True):
+        body = http.post("/v1/completions", json={"model": "auto", "prompt": [prompt]}).json()
+        assert body["model"] == f"local/{topic}@1"
+
+
+def test_auto_does_not_miss_an_adapter_whose_alias_moves_while_it_chooses():
+    registry, retriever = pool(dict.fromkeys(TOPICS, "local"))
+    profile = make_profile([f"court judge lease {n}" for n in range(12)])
+    services = stub_services(registry=registry, retriever=retriever)
+    client(services)
+    flips = iter(range(3))
+
+    class Moving:
+        """Another version takes over between what the caller may use and the search."""
+
+        def retrieve(self, *given: Any, **options: Any) -> Any:
+            if next(flips, None) is not None:
+                version = registry.add("local", "law")
+                retriever.upsert(version.ref, profile, owner="local")
+                retriever.delete(f"local/law@{version.version - 1}")
+                services.names.forget()
+            return retriever.retrieve(*given, **options)
+
+    services.retriever = Moving()
+    plan = asyncio.run(choose(services, config(), "auto", "court judge lease", LOCAL_USER))
+    assert plan.label == "local/law@4"
+
+
+def test_a_choice_made_while_the_retriever_follows_is_known_to_be_stale():
+    registry, seen = StubRegistry(), []
+    names = Names(registry, clock=lambda: 0.0, on_change=lambda: seen.append(names.epoch))
+    before = names.epoch
+    asyncio.run(names.visible(A))
+    assert seen == [before + 1] and names.epoch == before + 2
 
 
 def test_auto_never_chooses_what_the_caller_may_not_use():

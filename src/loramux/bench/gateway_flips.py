@@ -30,6 +30,7 @@ from loramux.server.signing import PublicKeys
 
 NAMES, VERSIONS, ALIAS = ("law", "tone", "code"), 4, "live"
 MAX_PROBLEMS = 20
+CONFIG = {"engine": {"kv_memory": "16MiB", "threads": 1}}
 
 
 @dataclass
@@ -199,7 +200,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loramux-flips-") as folder:
         contents = prepared(Path(folder))
-        with in_process(Path(folder), {"engine": {"kv_memory": "16MiB"}}) as served:
+        with in_process(Path(folder), CONFIG) as served:
             flipping = Flipping(served, contents, given.seed)
             found = asyncio.run(flipping.run(given.flips, given.clients, given.pause))
     sys.stdout.write(json.dumps(vars(found)) + "\n")

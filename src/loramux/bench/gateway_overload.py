@@ -27,7 +27,10 @@ from loramux.bench.gateway_world import prepare
 
 RECOVERY_S = 5.0
 PLACES = 16
-CONFIG = {"limits": {"max_inflight": PLACES, "max_inflight_per_tenant": PLACES}}
+CONFIG = {
+    "engine": {"kv_memory": "16MiB", "threads": 1},
+    "limits": {"max_inflight": PLACES, "max_inflight_per_tenant": PLACES},
+}
 STUB_S = 0.05  # a token of the stub: four make an answer
 
 

@@ -29,7 +29,7 @@ SLOW_S = 0.02  # a slow reader's pause before each chunk
 CONTENTS = 8
 CONFIG = {
     "metrics": {"public": True},
-    "engine": {"kv_memory": "64MiB", "max_batch": 64},
+    "engine": {"kv_memory": "64MiB", "max_batch": 64, "threads": 1},
     "limits": {"max_inflight": 512, "max_inflight_per_tenant": 512},
 }
 BOOKS = (  # gauges that are 0 when nobody is served

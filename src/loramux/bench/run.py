@@ -23,7 +23,7 @@ PARTS: Mapping[str, Mapping[str, str]] = {
     "load": {"models": "loramux.bench.parts:load_models", "engine": "loramux.bench.parts:swap"},
     "residency": {"engine": "loramux.bench.parts:residency"},
     "serve": {"engine": "loramux.bench.parts:serve"},
-    "train": {"models": "loramux.bench.parts:train"},
+    "train": {"models": "loramux.bench.parts:train", "jobs": "loramux.bench.joint:measure"},
     "methods": {"models": "loramux.bench.train_methods:measure"},
     "score": {"models": "loramux.bench.score:score"},
 }

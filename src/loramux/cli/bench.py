@@ -30,6 +30,7 @@ class Part(StrEnum):
 
     models = "models"
     engine = "engine"
+    jobs = "jobs"
 
 
 COLUMNS = ("what", "batch", "variant", "reference", "ms", "ratio", "95 %", "target", "verdict")
@@ -46,7 +47,8 @@ def bench(
     part: Annotated[
         Part | None,
         typer.Option(
-            "--part", help="Only attached models, or only the engine, of decode and load."
+            "--part",
+            help="Only attached models, only the engine (decode, load), or only jobs (train).",
         ),
     ] = None,
     rounds: Annotated[
@@ -58,8 +60,9 @@ def bench(
 
     decode: steps of one token, of attached models and of the engine. prefill: whole prompts. mixed: all kinds of
     adapters in one batch. load: adapters from disk and from memory. residency: with up to 1,000 adapters at hand.
-    serve: traffic, with latencies. train: training steps and memory. methods: training steps of
-    every mixture against a LoRA of equal active rank. score: ablation scores of ranks against the plain double loop.
+    serve: traffic, with latencies. train: training steps and memory, and jobs trained together. methods: training
+    steps of every mixture against a LoRA of equal active rank. score: ablation scores of ranks against the plain
+    double loop.
     What is not installed is named and left out.
 
     With --json FILE a picture, FILE with the ending .png, is written beside it.

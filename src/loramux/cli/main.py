@@ -32,6 +32,7 @@ from loramux.cli import (
     registry_change,
     report,
     serve,
+    serve_demo,
     tenant,
     tenants,
     train,
@@ -74,6 +75,7 @@ app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("tenants")(tenants.tenants)
 app.command("serve")(serve.serve)
+app.command("serve-demo")(serve_demo.serve_demo)
 app.command("verify")(verify.verify)
 app.add_typer(config.app, name="config")
 app.add_typer(tenant.app, name="tenant")

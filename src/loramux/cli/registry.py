@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import json as json_
+import os
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,10 +59,18 @@ def about() -> None:
 
 
 @contextlib.contextmanager
-def opened(root: Path | None, url: str | None, blobs: str | None = None) -> Iterator[Registry]:
-    """The registry, made if it is not there."""
+def opened(
+    root: Path | None, url: str | None, blobs: str | None = None, *, make: bool = False
+) -> Iterator[Registry]:
+    """The registry. Only pushing makes one: a mistyped folder is not an empty registry, nor a clean one."""
     from loramux.registry import Registry
+    from loramux.registry.store import DATABASE, default_root
 
+    folder = root or default_root()
+    if not make and url is None and not (folder / DATABASE).exists():
+        raise LoramuxError(
+            f"there is no registry in {folder}; name another with --root, or make one with the first push"
+        )
     with Registry.open(root, url=url, blobs=blobs) as registry:
         yield registry
 
@@ -102,7 +112,7 @@ def push(
 
     described = dict(_pair(text) for text in meta or [])
     texts = None if samples is None else _texts(samples)
-    with only_json(json), opened(root, url, blobs) as registry:
+    with only_json(json), opened(root, url, blobs, make=True) as registry:
         if texts is not None:
             _keep_samples(registry, words_only)
         shape = base_shape(_folder(resolve_base(base)))
@@ -119,6 +129,8 @@ def push(
                 samples=texts,
                 actor=actor,
             )
+        if described and described != version.metadata:
+            print(f"note: {version.ref} was there already and keeps its metadata", file=sys.stderr)
     emit(version.as_dict(), json, _show_version)
 
 
@@ -139,8 +151,7 @@ def pull(
     """
     from loramux.formats.files import check_place, replace_folder
 
-    if out.exists() and not force:
-        raise LoramuxError(f"--out {out} is there already; choose another place or add --force")
+    _check_out(out, force)
     check_place(out)
     with only_json(json), opened(root, url, blobs) as registry:
         version = find(registry, ref, tenant)
@@ -345,6 +356,22 @@ def _texts(path: Path) -> list[str]:
             f"--samples {path}: every line must be an object with one of {', '.join(TEXT_KEYS)}"
         )
     return [str(row[key]) for row in rows]
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """Only an adapter is replaced by another, and only with --force."""
+    from loramux.formats.peft import CONFIG_NAME, MIXTURE_NAME
+
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise LoramuxError(f"--out {out} is there already; choose another place or add --force")
+    is_folder = out.is_dir() and not out.is_symlink()
+    names = {path.name for path in out.iterdir()} if is_folder else {""}
+    if names and not names & {CONFIG_NAME, MIXTURE_NAME}:
+        raise LoramuxError(
+            f"--out {out} holds no adapter, so --force does not replace it; choose another place"
+        )
 
 
 def _copy(source: Path, target: Path) -> None:

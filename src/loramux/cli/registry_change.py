@@ -51,14 +51,13 @@ def alias(
     Example: loramux registry alias sums@4 prod --expect 3
     """
     with only_json(json), opened(root, url) as registry:
-        version = find(registry, ref, tenant)
-        about = f"{version.tenant}/{version.name}"
+        about, number = _name(ref, tenant), None
         if remove:
             registry.drop_alias(about, name, expect=expect, actor=actor)
         else:
-            registry.set_alias(about, name, version.version, expect=expect, actor=actor)
-    result = {"alias": f"{about}@{name}", "version": None if remove else version.version}
-    emit(result, json, _show_alias)
+            number = find(registry, ref, tenant).version
+            registry.set_alias(about, name, number, expect=expect, actor=actor)
+    emit({"alias": f"{about}@{name}", "version": number}, json, _show_alias)
 
 
 @app.command("share")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loramux.cli.output import STDOUT, emit
-from loramux.errors import require
+from loramux.errors import LoramuxError, require
 
 if TYPE_CHECKING:
     from loramux.server.config import ServerConfig
@@ -49,25 +51,48 @@ def _run(config: ServerConfig) -> None:
     from loramux.server.app import create_app
     from loramux.server.build import build_services
 
-    app = create_app(config, build_services(config))
-    for line in notice(config):
-        print(line, flush=True)
-    uvicorn.run(
-        app,
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        access_log=False,  # paths of adapters are not for every log
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_S,
-        limit_concurrency=config.limits.max_connections,
-        h11_max_incomplete_event_size=64 * 1024,
-    )
+    # Before the base is read, which takes longest: a port that is taken is told at once.
+    with _bound(config.host, config.port) as listener:
+        app = create_app(config, build_services(config))
+        for line in notice(config, listener.getsockname()[1]):
+            print(line, flush=True)
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,  # paths of adapters are not for every log
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+            limit_concurrency=config.limits.max_connections,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        server = uvicorn.Server(settings)
+        with suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    if not server.started:
+        raise typer.Exit(1)
 
 
-def notice(config: ServerConfig) -> list[str]:
-    """What the operator is told at the start."""
-    where = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{config.port}/v1"
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at this address that does not listen yet; port 0 is one that is free."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise LoramuxError(
+            f"cannot listen on {host} port {port} ({error.strerror}); choose another host or port"
+        ) from None
+    return listener
+
+
+def notice(config: ServerConfig, port: int) -> list[str]:
+    """What the operator is told at the start; `port` is the one that was bound."""
+    where = f"http://{f'[{config.host}]' if ':' in config.host else config.host}:{port}/v1"
     if config.tenants.enabled:
         keys = "every request needs a key: loramux key create"
     else:

@@ -192,4 +192,10 @@ def _is_list(value: Any) -> TypeGuard[list[Any]]:
 
 def _yaml(text: str) -> Any:
     # The loader is a SafeLoader: it makes plain values only.
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML lets through what its parts raise about 2001-99-99, `!!int x`, a number of 5,000 digits, ...
+        raise yaml.YAMLError(f"a value of it cannot be read: {str(error)[:200]}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from reprlib import Repr
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -44,7 +45,19 @@ def _line(model: type[BaseModel] | None, entry: Any, where: str) -> str:
         return join(where, message) if where == "" else f"{where}: {message}"
     if entry["type"] == "missing":
         return f"{path}: missing"
-    return f"{path}: {message}, got {entry['input']!r}"
+    return f"{path}: {message}, got {_shown(entry['input'])}"
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, also where a few lines of YAML (`&a`, `*a`) stand for millions of entries."""
+    shown = Repr()
+    shown.maxstring = shown.maxother = shown.maxlong = 200
+    shown.maxlist = shown.maxdict = shown.maxtuple = shown.maxset = 6
+    shown.maxlevel = 2
+    try:
+        return shown.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
 
 
 def _fields_at(model: type[BaseModel], keys: Sequence[str | int]) -> list[str]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from loramux.errors import require
+from loramux.errors import LoramuxError, require
 from loramux.registry.errors import Corrupt, RegistryError, StorageError, Vanished
 
 CHUNK = 1 << 20
@@ -126,9 +126,13 @@ class LocalBlobs:
     def walk(self) -> Iterator[str]:
         if not self.root.is_dir():
             return
-        for folder in sorted(self.root.iterdir()):
+        with storing():
+            folders = sorted(self.root.iterdir())
+        for folder in folders:
             if len(folder.name) == 2 and folder.is_dir():
-                yield from sorted(p.name for p in folder.iterdir() if _SHA.fullmatch(p.name))
+                with storing():
+                    names = sorted(p.name for p in folder.iterdir() if _SHA.fullmatch(p.name))
+                yield from names
 
     def temporary(self, older_than_s: float) -> Iterator[str]:
         if not self.tmp.is_dir():
@@ -164,7 +168,7 @@ class RemoteBlobs:
             return False
         target = self.path(sha256)
         part = f"{self.root}/tmp/{int(time.time())}-{secrets.token_hex(8)}"
-        with storing():
+        with reaching():
             self.fs.makedirs(f"{self.root}/tmp", exist_ok=True)
             self.fs.makedirs(f"{self.root}/{sha256[:2]}", exist_ok=True)
             try:
@@ -177,13 +181,14 @@ class RemoteBlobs:
                     raise Vanished from None
                 raise
             finally:
-                if self.fs.exists(part):
-                    self.fs.rm_file(part)
+                with contextlib.suppress(Exception):  # what stays behind is known by its age
+                    if self.fs.exists(part):
+                        self.fs.rm_file(part)
         return True
 
     def fetch(self, sha256: str, target: Path) -> int:
         state = hashlib.sha256()
-        with storing():
+        with reaching():
             try:
                 with self.fs.open(self.path(sha256), "rb") as source, target.open("xb") as sink:
                     while block := source.read(CHUNK):
@@ -198,32 +203,32 @@ class RemoteBlobs:
         return length
 
     def size(self, sha256: str) -> int | None:
-        with storing():
+        with reaching():
             try:
                 return int(self.fs.size(self.path(sha256)))
             except FileNotFoundError:
                 return None
 
     def is_whole(self, sha256: str) -> bool:
-        with storing():
+        with reaching():
             try:
                 return self._hash(self.path(sha256)) == sha256
             except FileNotFoundError:
                 return False
 
     def delete(self, sha256: str) -> None:
-        with storing(), contextlib.suppress(FileNotFoundError):
+        with reaching(), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.path(sha256))
 
     def walk(self) -> Iterator[str]:
-        with storing():
+        with reaching():
             self.fs.invalidate_cache()
             found = self.fs.find(self.root) if self.fs.exists(self.root) else []
         names = (str(path).rsplit("/", 1)[-1] for path in found)
         yield from sorted(name for name in names if _SHA.fullmatch(name))
 
     def temporary(self, older_than_s: float) -> Iterator[str]:
-        with storing():
+        with reaching():
             self.fs.invalidate_cache()
             folder = f"{self.root}/tmp"
             found = self.fs.find(folder) if self.fs.exists(folder) else []
@@ -233,7 +238,7 @@ class RemoteBlobs:
                 yield name
 
     def discard(self, name: str) -> None:
-        with storing(), contextlib.suppress(FileNotFoundError):
+        with reaching(), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/tmp/{Path(name).name}")
 
     def _hash(self, path: str) -> str:
@@ -278,6 +283,21 @@ def storing() -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(error) from error
+
+
+@contextlib.contextmanager
+def reaching() -> Iterator[None]:
+    """The same for a store behind a URL, whose errors are of its client's own kinds."""
+    try:
+        with storing():
+            yield
+    except LoramuxError:
+        raise
+    except Exception as error:
+        raise StorageError(
+            f"the registry's blob store failed ({type(error).__name__}); nothing was changed, repeat when it works "
+            "again"
+        ) from error
 
 
 def storage_error(error: OSError) -> StorageError:

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, MetaData, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from loramux.errors import require
 from loramux.registry.errors import Conflict, RegistryError, StorageError
@@ -43,14 +44,19 @@ def open_database(url: str | URL) -> Engine:
     kind = parsed.get_backend_name()
     if kind == "postgresql":
         require("psycopg", "postgres", "a registry on PostgreSQL")
-        return create_engine(parsed.set(drivername="postgresql+psycopg"), pool_pre_ping=True)
+        server = parsed.set(drivername="postgresql+psycopg")
+        engine = create_engine(server, pool_pre_ping=True, pool_timeout=LOCK_WAIT_S)
+        event.listen(engine, "connect", _prepare_postgres)
+        return engine
     if kind == "sqlite":
         if parsed.database in (None, "", ":memory:"):
             raise RegistryError(
                 "a registry in memory would be lost and is private to one thread; name a file",
                 code="bad_url",
             )
-        engine = create_engine(parsed, connect_args={"timeout": LOCK_WAIT_S})
+        engine = create_engine(
+            parsed, connect_args={"timeout": LOCK_WAIT_S}, pool_timeout=LOCK_WAIT_S
+        )
         event.listen(engine, "connect", _prepare_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
         return engine
@@ -90,6 +96,12 @@ def clear_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise _explained(error) from error
+    except PoolTimeout as error:
+        raise StorageError(
+            f"every connection to the registry's database was in use for {LOCK_WAIT_S} s; nothing was changed, repeat "
+            "it",
+            code="database_busy",
+        ) from error
 
 
 def _explained(error: DBAPIError) -> Exception:
@@ -130,6 +142,12 @@ _REASONS = (
         f"the registry's database was locked for {LOCK_WAIT_S} s; nothing was changed, repeat it",
     ),
 )
+
+
+def _prepare_postgres(connection: Any, _record: Any) -> None:
+    with connection.cursor() as cursor:  # without it a writer that hangs holds all others for ever
+        cursor.execute(f"SET lock_timeout = {LOCK_WAIT_S * 1000:.0f}")
+    connection.commit()
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

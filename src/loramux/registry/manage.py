@@ -15,7 +15,7 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from loramux.registry.db import begin, reading
 from loramux.registry.errors import Conflict, NotFound, RegistryError
-from loramux.registry.names import Ref, check_alias, check_tenant
+from loramux.registry.names import MAX_VERSION, Ref, check_alias, check_tenant
 from loramux.registry.parts import Parts, as_json, check_actor
 from loramux.registry.publish import point, show_to
 from loramux.registry.tables import adapters, aliases, blobs, bump, files, scores, shares, versions
@@ -227,7 +227,8 @@ def _live_id(connection: Connection, adapter_id: int, ref: Ref, version: int) ->
         versions.c.version == version,
         versions.c.deleted_at.is_(None),
     )
-    found = connection.execute(query).scalar()
+    # A number that no column holds is one that was never given out.
+    found = connection.execute(query).scalar() if 0 < version <= MAX_VERSION else None
     if found is None:
         raise NotFound.of(f"{ref.tenant}/{ref.name}@{version}")
     return int(found)

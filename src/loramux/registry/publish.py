@@ -15,7 +15,7 @@ from sqlalchemy import Connection, CursorResult, delete, func, insert, select, u
 
 from loramux.registry import read
 from loramux.registry.db import begin
-from loramux.registry.errors import RegistryError, StorageError, Vanished
+from loramux.registry.errors import Conflict, RegistryError, StorageError, Vanished
 from loramux.registry.names import check_alias, check_name, check_tenant
 from loramux.registry.parts import Parts, as_json, check_actor
 from loramux.registry.tables import (
@@ -203,14 +203,20 @@ def _insert_once(
     parts: Parts,
 ) -> int:
     """The live version with this content under this name; a new one where there is none."""
-    same = select(versions.c.id).where(
+    same = select(versions.c.id, versions.c.version, versions.c.base_digest).where(
         versions.c.adapter_id == adapter_id,
         versions.c.digest == row["digest"],
         versions.c.deleted_at.is_(None),
     )
-    known = connection.execute(same).scalar()
+    known = connection.execute(same).first()
     if known is not None:
-        return int(known)
+        if known.base_digest != row["base_digest"]:
+            raise Conflict(
+                f"this content is version {known.version} already, checked against another base (digest "
+                f"{str(known.base_digest)[:12]}, now {str(row['base_digest'])[:12]}); publish it under another name, "
+                "or delete that version first"
+            )
+        return int(known.id)
     mine = adapters.c.id == adapter_id
     connection.execute(
         update(adapters).where(mine).values(last_version=adapters.c.last_version + 1)

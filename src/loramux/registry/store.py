@@ -20,7 +20,7 @@ from loramux.registry.cache import folder_of
 from loramux.registry.db import begin, open_database, reading
 from loramux.registry.errors import RegistryError
 from loramux.registry.names import LOCAL_TENANT, Ref, parse_ref
-from loramux.registry.parts import Keeper, Parts
+from loramux.registry.parts import Keeper, Parts, check_text
 from loramux.registry.schema import migrate
 from loramux.registry.tables import bump, current_generation
 from loramux.registry.types import (
@@ -145,6 +145,8 @@ class Registry:
         """
         if not 1 <= limit <= MAX_LISTED:
             raise RegistryError(f"limit {limit}: allowed are 1 to {MAX_LISTED:,}", code="bad_limit")
+        for what, text in (("tenant", caller), ("base", base), ("query", query), ("after", after)):
+            check_text(what, text)
         with reading(self.database) as connection:
             return read.newest(connection, caller, base=base, query=query, limit=limit, after=after)
 

@@ -68,8 +68,8 @@ def chat_prompt(tokenizer: Any, body: ChatBody, limits: LimitsConfig) -> tuple[s
 
 def completion_prompts(
     tokenizer: Any, body: CompletionBody, limits: LimitsConfig
-) -> tuple[str, list[list[int]]]:
-    """(the first prompt's words, for retrieval; token ids of each prompt)."""
+) -> tuple[str | None, list[list[int]]]:
+    """(the prompt's words for retrieval, None if there are several; token ids of each prompt)."""
     given = body.prompt
     if isinstance(given, str):
         prompts: list[Any] = [given]
@@ -85,6 +85,8 @@ def completion_prompts(
     if not all(ids):
         raise refuse("prompt: every prompt needs at least one token", "prompt")
     first = prompts[0]
+    if len(prompts) > 1:
+        return None, ids
     return first if isinstance(first, str) else str(tokenizer.decode(first)), ids
 
 

@@ -16,13 +16,15 @@ from loramux.server.errors import ApiError
 from loramux.server.resolve import Choice, Plan, parse_model, unknown_model
 from loramux.server.services import Services
 
+MAX_LOOKS = 8  # at a registry that changes all the time
 RAMOLE = "ramole"  # `router:ramole`: the trained router over adapters that fit the prompt
 
 
 async def choose(
-    services: Services, config: ServerConfig, model: str, asked: str, caller: Any
+    services: Services, config: ServerConfig, model: str, asked: str | None, caller: Any
 ) -> Plan:
-    """The plan of a call. `asked` is what retrieval reads; ApiError model_not_found for what may not be used."""
+    """The plan of a call. `asked` is what retrieval reads, None where there are several prompts; ApiError
+    model_not_found for what may not be used."""
     choice = parse_model(model, config.name, config.limits.max_mix)
     if choice.kind == "base":
         return Plan(config.name)
@@ -71,7 +73,7 @@ async def version_of(services: Services, name: str, caller: Any) -> Any:
 
 
 async def _router(
-    services: Services, config: ServerConfig, name: str, asked: str, caller: Any
+    services: Services, config: ServerConfig, name: str, asked: str | None, caller: Any
 ) -> Plan:
     if name == RAMOLE and RAMOLE in services.extras:
         plan: Plan = await services.extras[RAMOLE](services, config, asked, caller)
@@ -88,20 +90,26 @@ async def _router(
 # --- auto -------------------------------------------------------------------------------------------
 
 
-async def _auto(services: Services, config: ServerConfig, asked: str, caller: Any) -> Plan:
+async def _auto(services: Services, config: ServerConfig, asked: str | None, caller: Any) -> Plan:
     """The best of what the caller may use, or the base where nothing fits."""
     found, allowed = await retrieve(services, config.retrieval, asked, caller)
     chosen = {} if found.abstained else _weights(services, config.retrieval, found)
     routing = describe(found, chosen, allowed)
     if not chosen:
         return Plan(config.name, retrieved=found, routing=routing)
+    # Two names may hold one content: an adapter of one's own and a shared copy. It counts once, with both weights.
+    versions: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    for key, weight in chosen.items():
+        version = versions.setdefault(allowed[key].digest, allowed[key])
+        weights[version.digest] = weights.get(version.digest, 0.0) + weight
     return plan_of(
-        [allowed[key] for key in chosen], list(chosen.values()), retrieved=found, routing=routing
+        list(versions.values()), list(weights.values()), retrieved=found, routing=routing
     )
 
 
 async def retrieve(
-    services: Services, config: RetrievalConfig, asked: str, caller: Any, k: int | None = None
+    services: Services, config: RetrievalConfig, asked: str | None, caller: Any
 ) -> tuple[Any, Mapping[str, Any]]:
     """(what fits the prompt, {id of the retriever: Version} of all the caller may use)."""
     retriever = services.retriever
@@ -109,20 +117,43 @@ async def retrieve(
         raise ApiError(
             "this server has no retrieval; name an adapter", code="no_retrieval", param="model"
         )
-    visible = await services.names.visible(caller, services.base_digest)
-    allowed = visible.by_ref
+    if asked is None:
+        raise ApiError(
+            "the adapter is chosen by the prompt, and there are several; send each in a call of its own",
+            code="invalid_value",
+            param="prompt",
+        )
     if not asked.strip():
         raise ApiError(
             "'auto' reads the last user message, and it is empty",
             code="invalid_value",
             param="messages",
         )
-    try:
-        found = await asyncio.to_thread(
-            retriever.retrieve, asked, k or config.k, allowed=visible.refs
+    names = services.names
+    for _ in range(MAX_LOOKS):
+        epoch = names.epoch
+        visible = await names.visible(caller, services.base_digest)
+        if names.epoch != epoch:
+            continue
+        try:
+            found = await asyncio.to_thread(
+                retriever.retrieve, asked, config.k, allowed=visible.refs
+            )
+        except LoramuxError as error:
+            raise ApiError(
+                f"retrieval failed: {error}", code="retrieval_failed", status=500
+            ) from None
+        # Else an alias moved meanwhile: the retriever knew the new version and `visible` the old one, so that the
+        # adapter would be missed.
+        if names.epoch == epoch:
+            break
+    else:
+        raise ApiError(
+            "the registry changes too fast to choose from; try again",
+            code="overloaded",
+            headers={"Retry-After": "1"},
         )
-    except LoramuxError as error:
-        raise ApiError(f"retrieval failed: {error}", code="retrieval_failed", status=500) from None
+    allowed = visible.by_ref
     strangers = [hit.id for hit in found.hits if hit.id not in allowed]
     if strangers:  # the retriever was told; this is the second lock on the same door
         raise AssertionError("the retriever returned an adapter that the caller may not use")

@@ -85,4 +85,5 @@ class LoadedAdapters:
                     if digest not in self._entries:
                         engine.remove_adapter(digest)
 
-            await self._engine.call(remove)
+            # Shielded: they are forgotten here already, so the engine must hear of it although a caller left.
+            await asyncio.shield(asyncio.ensure_future(self._engine.call(remove)))

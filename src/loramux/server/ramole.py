@@ -7,8 +7,10 @@ engine is a digest of the adapters and the router; equal sets share one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,9 @@ from loramux.server.services import Services
 if TYPE_CHECKING:
     from loramux.engine.ramole import RamolePool
 
+log = logging.getLogger(__name__)
+MAX_JUDGED = 65536  # contents of which it is remembered whether they fit the router
+
 
 class RamoleRouter:
     """`Services.extras["ramole"]`. `limit`: sets that stay in the engine's memory."""
@@ -32,15 +37,25 @@ class RamoleRouter:
 
         # Sets are prepared beforehand, from verified folders: the pool never looks one up by itself.
         self.pool = RamolePool(router_folder, _no_folder, limit=limit)
+        self._fits: OrderedDict[str, bool] = OrderedDict()  # by digest, which says all that matters
 
     async def __call__(
         self, services: Services, config: ServerConfig, asked: str, caller: Any
     ) -> Plan:
         """The plan of a call: `config.retrieval.k` plain adapters, or the base where nothing fits."""
         found, allowed = await retrieve(services, config.retrieval, asked, caller)
-        # A mixture has a router of its own and cannot be an expert.
-        plain = {hit.id: 1.0 for hit in found.hits if allowed[hit.id].servability == "static"}
+        plain = {
+            hit.id: 1.0
+            for hit, fits in zip(
+                found.hits,
+                await self._judge(services, [allowed[hit.id] for hit in found.hits]),
+                strict=True,
+            )
+            if fits
+        }
         routing = {**describe(found, plain, allowed), "mode": RAMOLE}
+        if found.hits and not plain:
+            routing["reason"] = "none of the adapters that fit the prompt fits the router"
         if found.abstained or not plain:
             return Plan(config.name, retrieved=found, routing=routing)
         versions = {allowed[key].digest: allowed[key] for key in plain}
@@ -54,6 +69,34 @@ class RamoleRouter:
             routing=routing,
             assembled=Assembled(self, versions),
         )
+
+    async def _judge(self, services: Services, versions: Sequence[Any]) -> list[bool]:
+        """Which of these can be experts. One that cannot must not keep the others from answering: it may be a
+        stranger's, shared with everybody."""
+        unknown = [version for version in versions if version.digest not in self._fits]
+        if unknown:
+            engine = await services.engine.call(lambda engine: engine)
+            for version in unknown:
+                self._fits[version.digest] = await asyncio.to_thread(
+                    self._can_be_expert, services, engine, version
+                )
+        judged = [self._fits[version.digest] for version in versions]
+        while len(self._fits) > MAX_JUDGED:
+            self._fits.popitem(last=False)
+        return judged
+
+    def _can_be_expert(self, services: Services, engine: Any, version: Any) -> bool:
+        from loramux.engine.ramole import assemble_for_engine
+
+        if version.servability != "static":
+            return False  # a mixture has a router of its own
+        folder = services.registry.folder(version)
+        try:
+            assemble_for_engine(engine, {version.digest: folder}, self.pool.router)
+        except (LoramuxError, ValueError) as error:
+            log.warning("%s cannot be put under the router: %s", version.ref, error)
+            return False
+        return True
 
 
 def _no_folder(digest: str) -> Path:
@@ -76,17 +119,40 @@ class Assembled:
         if ids not in pool:
             engine = await services.engine.call(lambda engine: engine)
             adapter = await asyncio.to_thread(self._prepare, services, engine, ids)
-        name = await services.engine.call(lambda engine: self._hold(services, engine, ids, adapter))
+        holding = asyncio.ensure_future(
+            services.engine.call(lambda engine: self._hold(services, engine, ids, adapter))
+        )
         try:
+            await asyncio.shield(holding)
             yield
         finally:
-            await services.engine.call(lambda engine: pool.release(engine, name))
+            # In a task of its own: a client may leave while the engine's thread is at it, and a set that stays held
+            # keeps its memory for ever.
+            await asyncio.shield(asyncio.ensure_future(self._let_go(services, holding)))
+
+    async def _let_go(self, services: Services, holding: asyncio.Future[str]) -> None:
+        await asyncio.wait([holding])
+        if holding.cancelled() or holding.exception() is not None:
+            return
+        from loramux.engine.aio import EngineClosedError
+
+        name = holding.result()
+        with suppress(EngineClosedError):  # nothing is held any more
+            await services.engine.call(lambda engine: self.router.pool.release(engine, name))
 
     def _hold(self, services: Services, engine: Any, ids: list[str], adapter: Any) -> str:
         # It may have left the pool since it was looked for.
         if adapter is None and ids not in self.router.pool:
             adapter = self._prepare(services, engine, ids)
-        return self.router.pool.hold(engine, ids, adapter)
+        try:
+            return self.router.pool.hold(engine, ids, adapter)
+        except ValueError as error:
+            log.warning("no room for a set of adapters under the router: %s", error)
+            raise ApiError(
+                "there is no room for another set of adapters at the moment; try again",
+                code="overloaded",
+                headers={"Retry-After": "1"},
+            ) from None
 
     def _prepare(self, services: Services, engine: Any, ids: list[str]) -> Any:
         from loramux.engine.ramole import assemble_for_engine

@@ -1,7 +1,7 @@
 """Checks a receipt against a registry, and runs a greedy request again to see whether the tokens are the same.
 
 Why stop texts are not needed: greedy tokens do not depend on where an answer is cut. A replay draws as many tokens as
-the receipt counts, with the same adapters, and compares their SHA-256.
+the receipt counts at most, with the same adapters, and compares their SHA-256.
 """
 
 from __future__ import annotations
@@ -127,7 +127,8 @@ def _greedy(sampling: dict[str, Any], num_tokens: int) -> SamplingParams:
         presence_penalty=float(sampling["presence_penalty"]),
         frequency_penalty=float(sampling["frequency_penalty"]),
         stop_token_ids=tuple(sampling["stop_token_ids"]),
-        ignore_eos=True,
+        # As it was run: `min_tokens` bans the end only where it would end.
+        ignore_eos=bool(sampling["ignore_eos"]),
     )
 
 

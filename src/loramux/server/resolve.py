@@ -20,6 +20,7 @@ from loramux.errors import LoramuxError
 from loramux.server.errors import ApiError
 
 POLL_S = 0.2
+MAX_NAME = 512  # characters; the longest reference that can be is shorter, and what is kept by name must stay small
 AUTO, ROUTER = "auto", "router:"
 
 
@@ -134,8 +135,15 @@ class Names:
         self._look: asyncio.Future[None] | None = None
         self._epoch = 0
 
+    @property
+    def epoch(self) -> int:
+        """Rises when a change is noticed, and once more when what follows the registry has followed."""
+        return self._epoch
+
     async def version(self, text: str, caller: Any) -> Any:
         """The registry's Version of a reference, or the error of a name that does not exist."""
+        if len(text) > MAX_NAME:
+            raise unknown_model(text)
         try:
             found = await self._cached(
                 ("version", caller.tenant, text),
@@ -168,7 +176,8 @@ class Names:
             self._kept.move_to_end(key)
             kept = self._kept[key]
             if isinstance(kept, LoramuxError):
-                raise kept
+                # A traceback grows each time its error is raised, and holds every frame it went through.
+                raise kept.with_traceback(None)
             return kept
         epoch = self._epoch
         try:
@@ -196,12 +205,13 @@ class Names:
             epoch, now = self._epoch, self._clock()
             generation = await asyncio.to_thread(self._registry.generation)
             if generation != self._generation:
+                self._epoch += 1  # first: who looks at two things meanwhile may see one of each state
                 if self._on_change is not None:
                     await asyncio.to_thread(self._on_change)
                 self._generation = generation
                 self._kept.clear()
                 self._epoch += 1
-                epoch += 1
+                epoch += 2
             if (
                 epoch == self._epoch
             ):  # else something changed meanwhile: look again at the next call

@@ -6,6 +6,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from loramux.server.shapes import MEANINGS, SUCCESSES, errors_of
+from loramux.tenancy.policy import PUBLIC, rule_of
+
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -44,15 +47,33 @@ def _corrected(schema: dict[str, Any], has_keys: bool) -> dict[str, Any]:
     for name in _UNUSED:
         shapes.pop(name, None)
     shapes["Error"] = ERROR
-    failure = {
-        "description": "An error",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    for operations in schema.get("paths", {}).values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own form, which never leaves us
-            operation["responses"]["default"] = failure
+    for path, operations in schema.get("paths", {}).items():
+        for verb, operation in operations.items():
+            # The description writes {model} where the route has {model:path}.
+            rule = rule_of(verb.upper(), path.replace("{model}", "{model:path}"))
+            is_public = rule is not None and rule.scope == PUBLIC
+            failures = errors_of(
+                verb, path, needs_key=has_keys and not is_public, is_local=not has_keys
+            )
+            _describe_answers(verb, path, operation["responses"], failures)
+            if has_keys and is_public:
+                operation["security"] = []
     if has_keys:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
     return schema
+
+
+def _describe_answers(verb: str, path: str, answers: dict[str, Any], failures: list[int]) -> None:
+    answers.pop("422", None)  # FastAPI's own form, which never leaves us
+    for status, shape in SUCCESSES.get((verb, path), {}).items():
+        said = answers.setdefault(status, {"description": MEANINGS[int(status)]})
+        if said["description"] == "Successful Response":
+            said["description"] = "Done"
+        said.setdefault("content", {})["application/json"] = {"schema": shape}
+    reference = {"schema": {"$ref": "#/components/schemas/Error"}}
+    for failure in failures:
+        answers[str(failure)] = {
+            "description": MEANINGS[failure],
+            "content": {"application/json": reference},
+        }

@@ -68,7 +68,7 @@ def clip(parameters: Mapping[str, nn.Parameter], max_norm: float) -> Tensor:
     if not grads:
         return torch.zeros(())
     # As torch.nn.utils.get_total_norm, which moves each of hundreds of norms to the device that it is on.
-    total = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    total: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     torch.nn.utils.clip_grads_with_norm_(with_grad, max_norm, total)
     return total
 

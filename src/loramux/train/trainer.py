@@ -100,12 +100,12 @@ class Trainer:
         """Train until every job has ended or `stop` was called; then say how each stands."""
         results: list[JobResult] = []
         self._saved_at = time.monotonic()
-        with self._training_mode():
+        with self.training_mode():
             self._tell("started")
             try:
                 while not self._stop and self._is_open():
                     self.round += 1
-                    self._round()
+                    self.take_round()
                     self._checkpoint_if_due()
             finally:
                 results = self.results()
@@ -128,7 +128,7 @@ class Trainer:
         """End after the current round; a resumable state is written first."""
         self._stop = True
 
-    def _round(self) -> None:
+    def take_round(self) -> None:
         """One step of every job that is running."""
         for runner in self.runners:
             if runner.is_running:
@@ -293,7 +293,7 @@ class Trainer:
     # --- Around the loop --------------------------------------------------------------------------
 
     @contextmanager
-    def _training_mode(self) -> Iterator[None]:
+    def training_mode(self) -> Iterator[None]:
         """Training mode, logits only at labels, activation checkpointing if asked for; all undone at the end."""
         before, active = self.model.training, self.handle.dispatch.active
         with ExitStack() as stack:

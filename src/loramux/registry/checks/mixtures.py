@@ -17,7 +17,7 @@ from loramux.formats.peft import MIXTURE_NAME
 from loramux.formats.raw import STATE
 from loramux.methods import own_names
 from loramux.registry.checks.base import BaseShape
-from loramux.registry.checks.errors import UploadError
+from loramux.registry.checks.errors import CODES, UploadError
 from loramux.registry.checks.limits import UploadLimits
 from loramux.registry.checks.plain import Plain, check_plain, read_raw
 from loramux.registry.checks.stage import ROUTER_NAME, Staged
@@ -144,7 +144,7 @@ def _read(staged: Staged, base: BaseShape) -> MixtureTensors:
     except UploadError:
         raise
     except FormatError as error:
-        code = "bad_mixture" if error.code == "format" else error.code
+        code = error.code if error.code in CODES and error.code != "format" else "bad_mixture"
         raise UploadError(str(error), code=code) from None
     except (
         ValueError,

@@ -161,7 +161,7 @@ class JointTrainer(Trainer):
         more = self.inbox.stays_open or self.round < self.replayed
         return more or any(entry.is_open for entry in self.entries.values())
 
-    def _round(self) -> None:
+    def take_round(self) -> None:
         self._obey()
         while not (ready := self._ready()):
             if self._stop or not self._is_open() or self.round <= self.replayed:

@@ -168,7 +168,14 @@ def _rules(differs: str) -> list[tuple[str, str, str, str, str]]:
         "EXISTS (SELECT 1 FROM versions v WHERE v.id = NEW.id "
         "OR (v.adapter_id = NEW.adapter_id AND v.version = NEW.version))"
     )
-    counts_back = "NEW.id <> OLD.id OR NEW.last_version < OLD.last_version"
+    counts_back = (
+        "NEW.id <> OLD.id OR NEW.tenant <> OLD.tenant OR NEW.name <> OLD.name "
+        "OR NEW.last_version < OLD.last_version"
+    )
+    named_again = (
+        "EXISTS (SELECT 1 FROM adapters a WHERE a.id = NEW.id "
+        "OR (a.tenant = NEW.tenant AND a.name = NEW.name))"
+    )
     fixed, kept = "versions are immutable", "versions are never deleted, only marked"
     gone = "an alias may not lead to a deleted version"
     return [
@@ -179,7 +186,8 @@ def _rules(differs: str) -> list[tuple[str, str, str, str, str]]:
         ("version_files_kept", "DELETE", "version_files", "1 = 1", fixed),
         ("version_files_complete", "INSERT", "version_files", complete, fixed),
         ("versions_in_turn", "INSERT", "versions", again, fixed),
-        ("adapters_count_up", "UPDATE", "adapters", counts_back, "version numbers only rise"),
+        ("adapters_count_up", "UPDATE", "adapters", counts_back, "only version numbers rise"),
+        ("adapters_in_turn", "INSERT", "adapters", named_again, "this name is there already"),
         ("adapters_kept", "DELETE", "adapters", "1 = 1", "names with versions are never deleted"),
         ("aliases_made", "INSERT", "aliases", alias_gone, gone),
         ("aliases_moved", "UPDATE", "aliases", alias_gone, gone),

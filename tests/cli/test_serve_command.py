@@ -1,0 +1,31 @@
+"""`loramux serve` takes its address before it reads the base: a taken port is one error, port 0 becomes a real one."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from loramux.cli import serve
+from loramux.cli.main import main
+from loramux.server.config import parse_config
+
+
+def test_a_port_that_is_taken_is_told_before_the_base_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "serve.yaml"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        file.write_text(f"base: {tmp_path / 'missing'}\nport: {taken.getsockname()[1]}\n")
+        assert main(["serve", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "cannot listen on 127.0.0.1 port" in said
+    assert "choose another host or port" in said
+
+
+def test_port_0_becomes_a_free_port_and_the_notice_has_it() -> None:
+    with serve._bound("127.0.0.1", 0) as one, serve._bound("127.0.0.1", 0) as other:
+        port = one.getsockname()[1]
+        assert 0 < port != other.getsockname()[1]
+        first, _ = serve.notice(parse_config({"base": "pico", "port": 0}), port)
+    assert first == f"serving pico at http://127.0.0.1:{port}/v1"
