@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from formats.samples import adapter
 from loramux.formats import FormatError, digest
 from loramux.formats.digest import base_digest, model_digest, tensor_digest
+from loramux.formats.raw import map_tensors
 from pico import build_pico
 
 
@@ -155,3 +156,18 @@ def test_a_model_in_memory_has_a_digest_that_wrapping_does_not_change():
 def test_named_tensors_can_be_given_instead_of_a_model():
     tensors = {"layer.base_layer.weight": torch.ones(2)}
     assert model_digest(tensors) == model_digest({"layer.weight": torch.ones(2)})
+
+
+KINDS = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.complex64),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32),
+    *(torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu),
+)
+
+
+def test_files_have_the_digest_of_their_tensors_whatever_numbers_they_hold(tmp_path):
+    bits = torch.randint(0, 2, (3, 40), dtype=torch.uint8, generator=torch.manual_seed(0))
+    tensors = {f"{kind}": bits.view(kind) for kind in KINDS}
+    tensors |= {"odd": bits[:, :1].contiguous(), "none": torch.zeros(0, 3), "one": torch.tensor(2.5)}
+    save_file(tensors, tmp_path / "all.safetensors")
+    assert tensor_digest({}, map_tensors(tmp_path / "all.safetensors")) == tensor_digest({}, tensors)

@@ -5,6 +5,7 @@ What it needs: echo with log-probabilities of prompts given as token ids, severa
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,9 @@ def test_texts_are_generated_until_their_stop(served):
     assert len(found) == 2 and all("\n" not in text for text in found)
 
 
+@pytest.mark.skipif(
+    "LORAMUX_FUZZ_EXAMPLES" not in os.environ, reason="half a minute: `make fuzz` runs it"
+)
 def test_a_whole_task_runs_through_it(served, tmp_path: Path):
     rows = [
         {"question": f"{word} is", "choices": ["a", "b"], "answer": place % 2}

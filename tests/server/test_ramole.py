@@ -99,10 +99,12 @@ def test_without_a_trained_router_the_name_is_unknown(served):
 def test_what_cannot_be_an_expert_is_left_out_and_the_others_answer(served, tmp_path):
     http, services, folders, _ = served
     registry, retriever = services.registry, services.retriever
-    odd: Any = attach(build_pico("llama"), LoraConfig(r=2, use_dora=True))
+    model: Any = build_pico("llama")
+    odd = attach(model, LoraConfig(r=2, use_dora=True))
     with torch.no_grad():
-        for parameter in odd.parameters():
-            parameter.add_(0.1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
     dora = registry.add_folder("zoo", "dora", odd.save(tmp_path / "dora"), visibility="shared")
     samples = [f"court judge lease {n}" for n in range(12)]
     retriever.upsert(dora.ref, make_profile(samples), owner="zoo")

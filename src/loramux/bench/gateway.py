@@ -4,7 +4,8 @@
 
 Everything but the engine is real: keys, policy, quotas, names, the registry's folders, receipts, metrics, HTTP. The
 server is one process, the clients another. Arrivals keep their times whatever the answers do (an open loop), so a slow
-answer cannot hide the ones behind it; latency counts from when a request was due.
+answer cannot hide the ones behind it; latency counts from when a request was due. The stub takes no time of its own, so
+all of it is what the server adds.
 """
 
 from __future__ import annotations
@@ -15,15 +16,14 @@ import hashlib
 import json
 import os
 import random
-import resource
-import socket
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loramux.bench.gateway_http import quantile
+from loramux.bench.gateway_server import in_process
 from loramux.server.stub import BASE_DIGEST
 
 TENANTS, EACH = 1000, 10
@@ -90,42 +90,6 @@ def _upload(staging: Path, name: str) -> Upload:
     return Upload(tuple(files), digest, sum(file.num_bytes for file in files))
 
 
-# --- The server's process ---------------------------------------------------------------------------
-
-
-def serve(home: Path, port: int) -> None:
-    """Says on standard output how long it took to start, then serves until it is ended."""
-    began = time.perf_counter()
-    import uvicorn
-
-    from loramux.registry import Registry
-    from loramux.server.app import create_app
-    from loramux.server.config import parse_config
-    from loramux.server.issuer import Issuer
-    from loramux.server.services import Services
-    from loramux.server.signing import Signer
-    from loramux.server.stub import StubEngine, StubTokenizer
-    from loramux.tenancy import Tenancy
-
-    registry = Registry.open(home / "registry")
-    services = Services(
-        engine=StubEngine(), registry=registry, tokenizer=StubTokenizer(), max_length=4096,
-        tenancy=Tenancy.open(registry.database), signer=Issuer(Signer.open(home / "signing")),
-    )  # fmt: skip
-    app = create_app(parse_config(CONFIG), services)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", access_log=False))
-
-    async def run() -> None:
-        serving = asyncio.ensure_future(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.005)
-        sys.stdout.write(json.dumps({"start_s": round(time.perf_counter() - began, 3)}) + "\n")
-        sys.stdout.flush()
-        await serving
-
-    asyncio.run(run())
-
-
 # --- The clients' process ---------------------------------------------------------------------------
 
 
@@ -136,6 +100,7 @@ class Load:
         self.port, self.secrets, self.each = port, secrets, each
         self.draw = random.Random(seed)
         self.latencies: list[float] = []
+        self.late: list[float] = []  # from when a call was due to when it was sent
         self.failed = 0
 
     def body(self) -> bytes:
@@ -170,6 +135,7 @@ class Load:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         clock = asyncio.get_running_loop().time
         while (at := await due.get()) is not None:
+            self.late.append(clock() - at)
             writer.write(self.body())
             status = await self._answer(reader)
             self.latencies.append(clock() - at)
@@ -190,44 +156,26 @@ def measure(
 ) -> dict[str, Any]:
     """One run: start the server, warm nothing, load it, end it."""
     secrets = fill(home, tenants, each)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "loramux.bench.gateway",
-        "--home",
-        str(home),
-        "--serve",
-        str(port),
-    ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    try:
-        started = json.loads(server.stdout.readline())
-        load = Load(port, secrets, each, seed)
-        began = time.perf_counter()
+    with in_process(home, CONFIG, stub=0.0) as served:
+        load = Load(served.port, secrets, each, seed)
+        before, began = served.cpu_s, time.perf_counter()
         asyncio.run(load.run(rate, seconds))
-        took = time.perf_counter() - began
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu_s = used.ru_utime + used.ru_stime
-    times = sorted(load.latencies)
-
-    def at(share: float) -> float:
-        return round(1000 * times[min(len(times) - 1, int(share * len(times)))], 2)
-
+        took, cpu_s = time.perf_counter() - began, served.cpu_s - before
+        resident = served.resident_bytes
+    num = len(load.latencies)
     return {
         "adapters": tenants * each, "tenants": tenants, "rate": rate, "seconds": round(took, 1),
-        "requests": len(times), "failed": load.failed, "served_per_s": round(len(times) / took, 1),
-        "p50_ms": at(0.5), "p95_ms": at(0.95), "p99_ms": at(0.99), "max_ms": round(1000 * times[-1], 2),
-        **started, "rss_mb": used.ru_maxrss // 1024,
-        "cpu_ms_per_request": round(1000 * cpu_s / len(times), 3),  # the start included
+        "requests": num, "failed": load.failed, "served_per_s": round(num / took, 1),
+        **{f"p{share}_ms": _ms(load.latencies, share) for share in (50, 95, 99, 100)},
+        "late_p99_ms": _ms(load.late, 99),  # of that, what the client itself was late
+        "start_s": served.start_s, "resident_mb": resident >> 20,
+        "cpu_ms_per_request": round(1000 * cpu_s / num, 3), "cores_used": round(cpu_s / took, 2),
         "load_average": round(os.getloadavg()[0], 1), "seed": seed,
     }  # fmt: skip
+
+
+def _ms(values: list[float], share: int) -> float:
+    return round(1000 * quantile(values, share / 100), 2)
 
 
 def main() -> None:
@@ -240,11 +188,7 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=TENANTS)
     parser.add_argument("--each", type=int, default=EACH)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.serve is not None:
-        serve(args.home, args.serve)
-        return
     args.home.mkdir(parents=True, exist_ok=True)
     done = measure(args.home, args.rate, args.seconds, args.seed, args.tenants, args.each)
     sys.stdout.write(json.dumps(done) + "\n")

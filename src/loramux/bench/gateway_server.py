@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -41,6 +42,12 @@ class Served:
         """Memory of its process."""
         pages = Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor time that its process has used so far."""
+        stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+        return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         """SIGKILL: nothing of it runs any more."""
@@ -192,6 +199,8 @@ def main() -> None:
             loop.add_signal_handler(number, stop.set)
         async with _serving(given.home, given.config, given.stub) as served:
             said = {"port": served.port, "start_s": served.start_s}
+            gc.collect()
+            gc.freeze()  # as `loramux serve`
             sys.stdout.write(json.dumps(said) + "\n")
             sys.stdout.flush()
             await stop.wait()

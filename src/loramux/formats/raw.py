@@ -44,6 +44,7 @@ DTYPES = {
     "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
     "F8_E5M2": ("float8_e5m2", 1),
     "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),  # scales of microscaled bases
 }
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {
     1: np.uint8,

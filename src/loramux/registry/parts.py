@@ -85,7 +85,7 @@ def check_text(what: str, text: str | None) -> None:
     if text is None or (len(text) <= MAX_WORD and "\0" not in text and not _SURROGATE.search(text)):
         return
     raise RegistryError(
-        f"{what} {ascii(text):.80} cannot be looked for; use at most {MAX_WORD} characters of proper Unicode, without "
+        f"{what} {text!a:.80} cannot be looked for; use at most {MAX_WORD} characters of proper Unicode, without "
         "NUL",
         code="bad_query",
     )

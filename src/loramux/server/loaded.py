@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 
@@ -69,12 +70,9 @@ class LoadedAdapters:
             raise
 
     async def _evict(self) -> None:
-        idle = [
-            digest
-            for digest, entry in self._entries.items()
-            if not entry.pins and entry.ready.done()
-        ]
-        gone = idle[: len(self._entries) - self._limit]
+        # Lazily: with thousands known, a look at each of them would be most of what a call costs.
+        idle = (d for d, entry in self._entries.items() if not entry.pins and entry.ready.done())
+        gone = list(islice(idle, len(self._entries) - self._limit))
         for digest in gone:
             del self._entries[digest]
         if gone:
