@@ -61,7 +61,6 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "train", lambda *_: trained)
         patch.setattr(serve_home, "ENCODER", "none")
-        patch.setenv("PYTHONWARNINGS", "default")
         for name in ("LEAST_RIGHT", "LEAST_MIX"):
             patch.setattr(serve_steps, name, 0.0)
         for name in ("ROWS", "AUTO_ROWS"):

@@ -153,8 +153,8 @@ def test_the_socket_lists_pauses_resumes_and_cancels(base: Path, tmp_path: Path)
 
     threads: list[threading.Thread] = []
     jobs = [
-        {"name": "one", "training": {"steps": 200}},
-        {"name": "two", "training": {"steps": 200}},
+        {"name": "one", "training": {"steps": 40}},
+        {"name": "two", "training": {"steps": 40}},
     ]
     result = train_recipe(
         recipe(base, jobs=jobs), out, progress=False, board=False, callbacks=[At(begin, 1), Slow()]

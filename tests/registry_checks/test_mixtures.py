@@ -17,6 +17,7 @@ from torch import nn
 import loramux
 from conformance.cases import Maker, Variant, variants_of
 from loramux.formats.digest import tensor_digest
+from loramux.formats.errors import FormatError
 from loramux.formats.peft import read_peft
 from loramux.registry.checks import (
     BaseShape,
@@ -236,3 +237,18 @@ def test_experts_count(saved, base):
         check_upload(from_folder(saved["molora"]), base, limits),
     ):
         pass
+
+
+def test_a_reader_that_gives_a_reason_of_its_own_is_still_a_refusal(
+    saved: dict[str, Path], base: BaseShape, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: object) -> None:
+        raise FormatError("not one of ours", code="not_ours")
+
+    monkeypatch.setattr("loramux.persist.routers.check_routers", refuse)
+    with (
+        pytest.raises(UploadError, match="not one of ours") as caught,
+        check_upload(from_folder(saved["mole"]), base),
+    ):
+        pass
+    assert caught.value.code == "bad_mixture"

@@ -110,7 +110,8 @@ def test_what_cannot_be_an_expert_is_left_out_and_the_others_answer(served, tmp_
     retriever.upsert(dora.ref, make_profile(samples), owner="zoo")
     for _ in range(2):
         body = http.post(
-            "/v1/completions", json={"model": "router:ramole", "prompt": "the judge", "max_tokens": 2}
+            "/v1/completions",
+            json={"model": "router:ramole", "prompt": "the judge", "max_tokens": 2},
         ).json()
         digests = {part["digest"] for part in body["loramux"]["adapters"]}
         assert digests and digests <= set(folders)

@@ -118,7 +118,9 @@ def test_an_end_that_min_tokens_forbade_is_forbidden_again(
     app: Any, services: Services, again: Engine, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = asyncio.run(services.engine.call(lambda engine: engine))
-    [[first]] = again.generate([Request(prompt=PROMPT, params=SamplingParams(max_tokens=1, temperature=0))])
+    [[first]] = again.generate(
+        [Request(prompt=PROMPT, params=SamplingParams(max_tokens=1, temperature=0))]
+    )
     # The likeliest token is the end: without `min_tokens` the answer is over at once.
     for each in (engine, again):
         monkeypatch.setattr(each._parts, "eos", frozenset(first.token_ids))

@@ -211,7 +211,9 @@ def test_auto_counts_one_content_under_two_names_once_with_both_weights():
     law = registry.resolve("local/law", caller=None)
     copy = registry.add("zoo", "copy", digest=law.digest, visibility="shared")
     samples = [f"{word} court judge lease" for word in TOPICS["law"].split()] * 2
-    retriever.upsert(copy.ref, make_profile([f"{s} {n}" for n, s in enumerate(samples)]), owner="zoo")
+    retriever.upsert(
+        copy.ref, make_profile([f"{s} {n}" for n, s in enumerate(samples)]), owner="zoo"
+    )
     http = client(
         stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2}
     )

@@ -74,13 +74,14 @@ def fill(home: Path, tenants: int, each: int) -> list[str]:
             made = tenancy.keys.create(tenant, scopes=["infer"], actor="bench")
             secrets.append(made.secret)
             for a in range(each):
-                upload = _upload(staging, f"{tenant}/adapter-{a}")
-                registry.publish(upload, tenant=tenant, name=f"adapter-{a}", actor="bench")
+                made_up = upload(staging, f"{tenant}/adapter-{a}")
+                registry.publish(made_up, tenant=tenant, name=f"adapter-{a}", actor="bench")
     keys_file.write_text(json.dumps(secrets))
     return secrets
 
 
-def _upload(staging: Path, name: str) -> Upload:
+def upload(staging: Path, name: str) -> Upload:
+    """Files that only the registry can tell apart; `staging` may be used again once they are published."""
     files = []
     for path in ("adapter_config.json", "adapter_model.safetensors"):
         body = f"{name} {path}".encode()

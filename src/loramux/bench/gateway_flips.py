@@ -175,7 +175,8 @@ async def _read(answer: Any, is_streamed: bool) -> tuple[str, dict[str, Any]]:
     if not is_streamed:
         whole = json.loads(await answer.body())
         return whole["choices"][0]["text"], whole
-    text, last = "", {}
+    text = ""
+    last: dict[str, Any] = {}
     async for event in answer.events():
         text += "".join(choice["text"] for choice in event.get("choices", ()))
         last = event if "loramux" in event else last

@@ -108,7 +108,7 @@ def in_thread(
     try:
         started.wait(START_S)
         if failed or not found:
-            raise RuntimeError("the server did not start") from (failed or [None])[0]
+            raise RuntimeError("the server did not start") from next(iter(failed), None)
         yield found[0]
     finally:
         ended.set()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from loramux.server.errors import ApiError
 
@@ -38,7 +38,20 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MESSAGE_EXTRAS = frozenset(
     {"name", "refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content"}
 )
-Model = Annotated[str, StringConstraints(min_length=1, max_length=2048)]
+
+
+def _whole_characters(text: str) -> str:
+    """JSON can say half of a surrogate pair, which no encoding and no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair is no character") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole_characters)]
+Model = Annotated[Text, StringConstraints(min_length=1, max_length=2048)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -92,7 +105,7 @@ class SamplingBody(_Body):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, le=2**62)
     n: int | None = Field(None, ge=1, le=2**31)
-    stop: str | list[str] | None = None
+    stop: Text | list[Text] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
@@ -112,7 +125,7 @@ class TextPart(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(BaseModel):
@@ -123,7 +136,7 @@ class Message(BaseModel):
     )
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
 
     @property
     def text(self) -> str:
@@ -156,7 +169,7 @@ class ChatBody(SamplingBody):
 class CompletionBody(SamplingBody):
     """POST /v1/completions. `prompt`: a text, token ids, or a list of either."""
 
-    prompt: str | list[Token] | list[str] | list[list[Token]]
+    prompt: Text | list[Token] | list[Text] | list[list[Token]]
     logprobs: int | None = Field(None, ge=0, le=2**31)
     echo: bool | None = None
     best_of: int | None = Field(None, ge=1, le=2**31)
@@ -166,6 +179,6 @@ class EmbeddingBody(_Body):
     """POST /v1/embeddings."""
 
     model: Model
-    input: str | list[str]
+    input: Text | list[Text]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1, le=2**31)

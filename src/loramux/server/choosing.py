@@ -132,7 +132,7 @@ async def retrieve(
     names = services.names
     for _ in range(MAX_LOOKS):
         epoch = names.epoch
-        visible = await names.visible(caller, services.base_digest)
+        visible = await names.visible(caller, services.base_digest, config.trusted_tenants)
         if names.epoch != epoch:
             continue
         try:

@@ -104,6 +104,10 @@ class RetrievalConfig(_Strict):
     threshold: float | None = Field(
         0.05, description="least lexical score of the best; below it the base answers. null: never"
     )
+    trusted_tenants: tuple[str, ...] | None = Field(
+        None,
+        description="whose shared adapters `auto` may choose beside the caller's own; null: all that share",
+    )
     qdrant_url: str | None = None
     ramole_router: str | None = Field(None, description="folder of a trained RAMoLE router")
 

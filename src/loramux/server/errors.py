@@ -154,7 +154,12 @@ def install(app: FastAPI) -> None:
 def _validation(error: RequestValidationError) -> ApiError:
     """The first problem, with its place; what was given is not repeated: it may be a prompt."""
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    place = [
+        str(part)
+        for part in first["loc"]
+        # Also no name of a validator, which a union puts there.
+        if part not in ("body", "query", "path", "header") and "function-" not in str(part)
+    ]
     where = ".".join(place) or None
     kind = first["type"]
     if kind == "extra_forbidden":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 from loramux.engine.request import Completion, TokenLogprob
 from loramux.server.calls import Call
 from loramux.server.resolve import Plan
 
+_PLAIN = "/@*+:=, ()[]"  # of names, versions and weights
 LEAST_LOGPROB = -9999.0  # JSON has no infinity; vLLM's choice
 
 
@@ -118,4 +120,5 @@ def _finite(logprob: float) -> float:
 
 def header_of(plan: Any) -> Mapping[str, str]:
     """x-loramux-adapter: what answered, as the reply's `model` says it."""
-    return {"x-loramux-adapter": plan.label}
+    # A base may be called anything, and a header is ASCII.
+    return {"x-loramux-adapter": quote(plan.label, safe=_PLAIN)}

@@ -155,12 +155,18 @@ class Names:
             raise
         return found
 
-    async def visible(self, caller: Any, base: str | None = None) -> Visible:
-        """What the caller may use with this base."""
-        found = await self._cached(
-            ("visible", caller.tenant, base or ""),
-            lambda: Visible.of(self._registry.visible(caller.tenant, base=base)),
-        )
+    async def visible(
+        self, caller: Any, base: str | None = None, trusted: tuple[str, ...] | None = None
+    ) -> Visible:
+        """What the caller may use with this base; of other tenants only what the trusted ones share, None: all."""
+
+        def find() -> Visible:
+            found = self._registry.visible(caller.tenant, base=base)
+            if trusted is None:
+                return Visible.of(found)
+            return Visible.of(v for v in found if v.tenant in (caller.tenant, *trusted))
+
+        found = await self._cached(("visible", caller.tenant, base or "", repr(trusted)), find)
         assert isinstance(found, Visible)
         return found
 
@@ -205,7 +211,8 @@ class Names:
             epoch, now = self._epoch, self._clock()
             generation = await asyncio.to_thread(self._registry.generation)
             if generation != self._generation:
-                self._epoch += 1  # first: who looks at two things meanwhile may see one of each state
+                # First: who looks at two things meanwhile may see one of each state.
+                self._epoch += 1
                 if self._on_change is not None:
                     await asyncio.to_thread(self._on_change)
                 self._generation = generation

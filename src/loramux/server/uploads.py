@@ -183,7 +183,6 @@ class _Reader:
         self._header_bytes = 0
         if self._num_parts > MAX_PARTS:
             raise _bad_form(f"it has more than {MAX_PARTS} parts")
-        self._part = _Part()
 
     def _on_header(self, into: bytearray, data: bytes) -> None:
         self._header_bytes += len(data)

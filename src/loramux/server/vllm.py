@@ -22,6 +22,7 @@ from loramux.registry.errors import NotFound
 from loramux.registry.names import NameProblem, Ref, check_name, parse_ref
 from loramux.server.auth import CallerDep, ServicesDep
 from loramux.server.config import ServerConfig
+from loramux.server.errors import as_api_error
 from loramux.server.services import Services
 from loramux.server.views import actor_of, audit, in_thread
 
@@ -112,8 +113,8 @@ def _load(services: Services, config: ServerConfig, caller: Any, body: LoadBody)
     except VllmError:
         raise
     except LoramuxError as error:
-        status = getattr(error, "status", None) or 400
-        raise VllmError(str(error), "BadRequestError", status) from None
+        said = as_api_error(error)  # its own text may hold a path
+        raise VllmError(str(said), "BadRequestError", said.status) from None
 
 
 def _publish(

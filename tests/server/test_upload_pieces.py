@@ -1,0 +1,54 @@
+"""A multipart body is the same form however it is cut into pieces, and in whatever order its parts come."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from loramux.server.uploads import received
+
+EDGE = "edge"
+FILE = bytes(range(256)) * 4
+
+
+class Sent:
+    """A request whose body comes in pieces of `size` bytes."""
+
+    def __init__(self, body: bytes, size: int):
+        self.headers = {"content-type": f"multipart/form-data; boundary={EDGE}"}
+        self._body, self._size = body, size
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        for start in range(0, len(self._body), self._size):
+            yield self._body[start : start + self._size]
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    more = "" if filename is None else f'; filename="{filename}"'
+    head = f'--{EDGE}\r\nContent-Disposition: form-data; name="{name}"{more}\r\n\r\n'
+    return head.encode() + data + b"\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 500, 1000, 1200, 10**6])
+@pytest.mark.parametrize("order", ["file first", "file between", "file last"])
+def test_the_form_does_not_depend_on_where_the_body_is_cut(size: int, order: str) -> None:
+    file, name, samples = (
+        part("file", FILE, "a.zip"), part("name", b"law"), part("samples", b"[1]" * 100),
+    )  # fmt: skip
+    parts = {
+        "file first": [file, name, samples],
+        "file between": [name, file, samples],
+        "file last": [name, samples, file],
+    }[order]
+    body = b"".join(parts) + f"--{EDGE}--\r\n".encode()
+
+    async def read() -> tuple[dict[str, str], list[tuple[str, str, bytes]]]:
+        request: Any = Sent(body, size)
+        async with received(request, 10**6, 10.0) as form:
+            files = [(field, filename, path.read_bytes()) for field, filename, path in form.files]
+            return form.fields, files
+
+    fields, files = asyncio.run(read())
+    assert fields == {"name": "law", "samples": "[1]" * 100}
+    assert files == [("file", "a.zip", FILE)]
