@@ -26,7 +26,7 @@ DUMPER: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 65536, 2**31, 2**63, 2**64, -(2**70), 10**400, 0.5, 1e308),
     *(float("inf"), float("-inf"), float("nan"), "", " ", "x", "\x00", "a\nb", "../..", "/", "~"),
-    *("~nobody/x", "a" * 5000, "\u202e", "é", "0", "1e3", "null", "true", "5 GiB", "-1MiB", "9" * 99),
+    *("~nobody/x", "~who-is-that/x", "a" * 5000, "\u202e", "é", "0", "1e3", "null", "true", "5 GiB", "-1MiB", "9" * 99),
     *("postgresql+psycopg://u:secret@nowhere/db", "sqlite://", "file:///etc", "${HOME}", "!!python"),
     *([], [[]], [None], ["a", 1], {}, {"": {}}, {"a": {"b": {"c": []}}}, {1: 2}, [["x"] * 50] * 50),
 )  # fmt: skip
@@ -73,7 +73,9 @@ def _structure(draw: random.Random) -> bytes:
     for _ in range(draw.randrange(1, 4)):
         inner: Any = config
         if draw.random() < 0.7:
-            inner = draw.choice([value for value in config.values() if isinstance(value, dict)] or [config])
+            inner = draw.choice(
+                [value for value in config.values() if isinstance(value, dict)] or [config]
+            )
         key = draw.choice(list(inner) or ["base"])
         act = draw.randrange(4)
         if act == 0:

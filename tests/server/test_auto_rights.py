@@ -7,6 +7,8 @@ import asyncio
 import os
 import random
 
+import pytest
+
 from loramux.retrieval import Retriever, make_profile
 from loramux.server.choosing import choose
 from loramux.server.errors import ApiError
@@ -38,7 +40,9 @@ def test_auto_never_chooses_shows_or_mixes_a_foreign_adapter():
         publish()
     services = stub_services(registry=registry, retriever=retriever)
     client(services)  # makes the names
-    modes = [config(retrieval={"mode": mode, "threshold": None}) for mode in ("selection", "mixture")]
+    modes = [
+        config(retrieval={"mode": mode, "threshold": None}) for mode in ("selection", "mixture")
+    ]
     callers = [Caller(tenant, "k", SCOPES) for tenant in (*TENANTS, "nobody")]
     num_chosen = num_refused = 0
 
@@ -53,11 +57,15 @@ def test_auto_never_chooses_shows_or_mixes_a_foreign_adapter():
             if i % 10 == 0:  # by name as well, whoever's it is
                 target = draw.choice(list(registry.kept.values()))[-1]
                 may = target.tenant == caller.tenant or target.visibility == "shared"
-                try:
-                    await choose(services, modes[0], f"{target.tenant}/{target.name}", asked, caller)
-                    assert may, (caller.tenant, target.ref)
-                except ApiError as error:
-                    assert not may and error.code == "model_not_found"
+                asked_for = choose(
+                    services, modes[0], f"{target.tenant}/{target.name}", asked, caller
+                )
+                if may:
+                    assert (await asked_for).versions == (target,)
+                else:
+                    with pytest.raises(ApiError) as error:
+                        await asked_for
+                    assert error.value.code == "model_not_found"
                     num_refused += 1
             plan = await choose(services, draw.choice(modes), "auto", asked, caller)
             routing = plan.routing

@@ -1,4 +1,7 @@
-"""Server configurations that nobody should write: read or refused by name, soon; `python -m fuzz.configs` tries 20,000."""
+"""Server configurations that nobody should write: read or refused by name, soon.
+
+`python -m fuzz.configs` tries 20,000.
+"""
 
 import pytest
 
@@ -27,6 +30,19 @@ def test_what_yaml_itself_trips_over_is_a_wrong_configuration(value, tmp_path):
     (tmp_path / "a.yaml").write_text(f"base: pico\nport: {value}\n")
     with pytest.raises(ServerConfigError, match="YAML"):
         load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("base: pico\n")
     with pytest.raises(ServerConfigError, match="YAML"):
-        (tmp_path / "b.yaml").write_text("base: pico\n")
         load_config(tmp_path / "b.yaml", [f"port={value}"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"base: {'a' * 5000}", "base: x\nregistry: {root: ~who-is-that/x}", "base: ~who-is-that/x"],
+    ids=["long", "home", "base"],
+)
+def test_a_folder_that_cannot_be_is_a_wrong_configuration_or_a_name(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    try:
+        load_config(tmp_path / "a.yaml")
+    except ServerConfigError as error:
+        assert len(str(error)) < 500

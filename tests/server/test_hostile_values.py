@@ -27,11 +27,11 @@ CALLS = (
     '{"model": "pico", "prompt": "x", "max_tokens": %s}' % ("9" * 5000),
     '{"model": "pico", "prompt": "x", "metadata": %s}' % ("[" * 50_000),
     '{"model": "pico*1e999", "prompt": "x"}',
-    '{"model": "%s", "prompt": "x"}' % "+".join(["a*1"] * 500),
+    '{{"model": "{}", "prompt": "x"}}'.format("+".join(["a*1"] * 500)),
 )
 METADATA = (
     '{"a": NaN}', '{"a": [Infinity]}', '{"a": "\\ud800"}', '{"\\ud800": 1}', '{"a": "\\u0000"}',
-    '{"a": 1e999}', '{"a": %s}' % ("9" * 400), '{"a": %s1%s}' % ("[" * 900, "]" * 900),
+    '{"a": 1e999}', '{"a": %s}' % ("9" * 400), '{{"a": {}1{}}}'.format("[" * 900, "]" * 900),
     json.dumps({"a": "x" * 200_000}),
 )  # fmt: skip
 

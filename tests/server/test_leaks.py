@@ -55,7 +55,12 @@ def rig(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Itera
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     caplog.set_level(logging.DEBUG)  # before the database is opened: it would log its statements
-    for name in ("httpx", "httpx2", "httpcore", "asyncio"):  # the client of this test, not the server
+    for name in (
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "asyncio",
+    ):  # the client of this test, not the server
         logging.getLogger(name).setLevel(logging.WARNING)
     home = tmp_path / HOME
     (home / "staging").mkdir(parents=True)
@@ -83,7 +88,12 @@ def rig(world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Itera
             return TestClient(app, base_url=LOCAL, headers=head, raise_server_exceptions=False)
 
         yield SimpleNamespace(
-            client=client, secrets=secrets, tenancy=tenancy, spans=spans, home=home, services=services
+            client=client,
+            secrets=secrets,
+            tenancy=tenancy,
+            spans=spans,
+            home=home,
+            services=services,
         )
         tenancy.close()
 

@@ -10,8 +10,10 @@ import pytest
 
 from loramux.bench.gateway import upload
 from loramux.registry import Registry, read
+from loramux.server.app import create_app
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.stub import StubEngine
+from server.rig import config, stub_services
 
 
 def test_looking_a_version_up_builds_no_statement(
@@ -61,3 +63,45 @@ def test_taking_adapters_back_looks_at_no_more_than_it_takes() -> None:
 
     asyncio.run(main())
     assert looks < 10
+
+
+def test_more_calls_than_can_be_are_refused_before_they_are_read_and_say_when_to_come_again() -> (
+    None
+):
+    services = stub_services()
+    app = create_app(config(limits={"max_connections": 4}), services)
+    statuses: list[int] = []
+    told: list[bytes | None] = []
+
+    async def call(path: str, hold: asyncio.Event) -> None:
+        async def receive() -> Any:
+            await hold.wait()  # a body that does not come yet
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+                told.append(dict(message["headers"]).get(b"retry-after"))
+
+        scope = {
+            "type": "http", "method": "GET" if path == "/health" else "POST", "path": path,
+            "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http",
+            "http_version": "1.1", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+            "headers": [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")],
+        }  # fmt: skip
+        await app(scope, receive, send)
+
+    async def main() -> None:
+        hold = asyncio.Event()
+        held = [asyncio.ensure_future(call("/v1/completions", hold)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        await call("/v1/completions", hold)
+        await call("/health", hold)
+        assert (statuses, told) == ([503, 200], [b"1", None])
+        hold.set()
+        await asyncio.gather(*held, return_exceptions=True)
+        statuses.clear()
+        await call("/v1/completions", hold)
+        assert statuses != [503]  # places are given back
+
+    asyncio.run(main())

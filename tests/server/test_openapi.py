@@ -28,7 +28,7 @@ from registry.uploads import put
 from server.rig import config, stub_services
 from tenancy.test_matrix import ROLES
 
-EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", "15"))
 SAID = [not_a_server_error, status_code_conformance, response_schema_conformance]
 PUBLIC = ("/health", "/ready", "/version", "/v1/receipts/key")
 POOR = "poor"  # a tenant whose minute is soon spent

@@ -6,7 +6,8 @@
 *Flood*: three quiet tenants send streams at random times, alone at first, then beside one that sends `factor` times as
 much as each of them. Measured at the client, from when a call was due: the 95th percentile of the time to the first
 token. Every tenant has the same concurrency limit, below the engine's batch; what exceeds it is refused with
-429. *Races*: many calls at once meet a limit that lets some of them through; counted is what got through beyond it.
+429. Beside it, for machines that others use too: the processor time that the server's process used meanwhile.
+*Races*: many calls at once meet a limit that lets some of them through; counted is what got through beyond it.
 `loramux.tenancy.flood` measures the same in engine steps, which are alike on every machine.
 """
 
@@ -49,12 +50,17 @@ class Half:
     """Alone, or beside the flood. Waits of the quiet tenants in seconds."""
 
     waits: list[float] = field(default_factory=list)
+    worked: list[float] = field(
+        default_factory=list
+    )  # what the server worked meanwhile, for anybody
     statuses: dict[str, Counter[int]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return {
             "p50_ms": round(1000 * quantile(self.waits, 0.5), 1),
             "p95_ms": round(1000 * quantile(self.waits, 0.95), 1),
+            "p50_cpu_ms": round(1000 * quantile(self.worked, 0.5), 1),
+            "p95_cpu_ms": round(1000 * quantile(self.worked, 0.95), 1),
             "calls": len(self.waits),
             "statuses": {tenant: dict(count) for tenant, count in self.statuses.items()},
         }
@@ -73,6 +79,7 @@ async def half(
         body = {
             "model": "base", "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "stream": True,
         }  # fmt: skip
+        before = served.cpu_s
         async with open_call(served.port, body, key=keys[tenant]) as answer:
             found.statuses.setdefault(tenant, Counter())[answer.status] += 1
             if answer.status != 200:
@@ -82,6 +89,7 @@ async def half(
             async for _ in answer.events():
                 if is_first and tenant != FLOOD:
                     found.waits.append(time.perf_counter() - due)
+                    found.worked.append(served.cpu_s - before)
                 is_first = False
 
     async def send(tenant: str, rate: float) -> None:
@@ -104,7 +112,11 @@ async def compare(served: Served, keys: dict[str, str], **load: Any) -> dict[str
     alone = await half(served, keys, factor=0.0, **load)
     beside = await half(served, keys, factor=factor, **load)
     times = quantile(beside.waits, 0.95) / quantile(alone.waits, 0.95)
-    return {"alone": alone.as_json(), "beside": beside.as_json(), "times": round(times, 2)}
+    worked = quantile(beside.worked, 0.95) / quantile(alone.worked, 0.95)
+    return {
+        "alone": alone.as_json(), "beside": beside.as_json(), "times": round(times, 2),
+        "times_cpu": round(worked, 2),
+    }  # fmt: skip
 
 
 # --- Races ------------------------------------------------------------------------------------------

@@ -119,7 +119,8 @@ async def _capacity(port: int, body: Any, seconds: float, places: int) -> float:
     async def client() -> None:
         nonlocal count
         while time.perf_counter() < until:
-            count += (await ask(port, body)).status == 200
+            reply = await ask(port, body)
+            count += reply.status == 200  # not in one line: the sum is read before the wait
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(places)))

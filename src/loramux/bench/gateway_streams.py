@@ -27,9 +27,10 @@ FREE_S = 1.0
 WAIT_S = 10.0
 SLOW_S = 0.02  # a slow reader's pause before each chunk
 CONTENTS = 8
+# A pool of blocks that the first rounds use up: its pages count as resident from when they are first written.
 CONFIG = {
     "metrics": {"public": True},
-    "engine": {"kv_memory": "64MiB", "max_batch": 64, "threads": 1},
+    "engine": {"kv_memory": "8MiB", "max_batch": 64, "threads": 1},
     "limits": {"max_inflight": 512, "max_inflight_per_tenant": 512},
 }
 BOOKS = (  # gauges that are 0 when nobody is served

@@ -17,16 +17,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loramux.retrieval import EVERYTHING, Encoder, Retriever, RetrievalError, make_profile
+from loramux.retrieval import EVERYTHING, Encoder, RetrievalError, Retriever, make_profile
 
 Prompts = Mapping[str, Sequence[str]]
 NUM_SAMPLES = 20
-COMMON = (
+# The words that most English texts have.
+COMMON_TEXT = (
     "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by word "
     "but not what all were we when your can said there use an each which she do how their if will up other about out "
     "many then them these so some her would make like him into time has look two more write go see number no way could "
     "people my than first water been call who oil its now find long down day did get come made may part question answer"
-).split()
+)
 
 
 def _union(draw: random.Random, known: Prompts) -> list[str]:
@@ -36,13 +37,15 @@ def _union(draw: random.Random, known: Prompts) -> list[str]:
 
 def _stuffed(draw: random.Random, known: Prompts) -> list[str]:
     """Every sample a long list of words of all tasks."""
-    words = sorted({word for prompts in known.values() for text in prompts for word in text.split()})
+    words = sorted(
+        {word for prompts in known.values() for text in prompts for word in text.split()}
+    )
     return [" ".join(draw.sample(words, min(200, len(words)))) for _ in range(NUM_SAMPLES)]
 
 
 def _common(draw: random.Random, known: Prompts) -> list[str]:
     """The words that every prompt has."""
-    return [" ".join(draw.sample(COMMON, 30)) for _ in range(NUM_SAMPLES)]
+    return [" ".join(draw.sample(COMMON_TEXT.split(), 30)) for _ in range(NUM_SAMPLES)]
 
 
 def _joined(draw: random.Random, known: Prompts) -> list[str]:
@@ -52,7 +55,9 @@ def _joined(draw: random.Random, known: Prompts) -> list[str]:
 
 def _frequent(draw: random.Random, known: Prompts) -> list[str]:
     """The most frequent words of the prompts, again and again."""
-    seen = Counter(w for prompts in known.values() for text in prompts for w in text.lower().split())
+    seen = Counter(
+        w for prompts in known.values() for text in prompts for w in text.lower().split()
+    )
     top = [word for word, _ in seen.most_common(60)]
     return [" ".join(draw.sample(top, min(20, len(top)))) for _ in range(NUM_SAMPLES)]
 
@@ -122,7 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = sorted(path for path in options.data.iterdir() if (path / "train.jsonl").is_file())
     known = {p.name: [row.prompt for row in read_task(p / "train.jsonl", 500)] for p in folders}
     sent = {
-        p.name: [row.prompt for row in read_task(p / "test.jsonl", options.prompts)] for p in folders
+        p.name: [row.prompt for row in read_task(p / "test.jsonl", options.prompts)]
+        for p in folders
     }
     encoder = None if options.lexical else MiniLM.load()
     for seed in range(options.seeds):

@@ -37,7 +37,7 @@ def http_reference(schema: Mapping[str, Any]) -> str:
     parts = [MADE, "# The HTTP interface"]
     for path, item in schema["paths"].items():
         for verb, operation in item.items():
-            parts += [f"## {verb.upper()} {path}", _prose(operation.get("description"))]
+            parts += [f"## {verb.upper()} {path}", _prose(_said(operation))]
             parts += _http_parameters(operation)
             parts += _http_body(operation, schema)
             answers = [
@@ -46,6 +46,12 @@ def http_reference(schema: Mapping[str, Any]) -> str:
             ]
             parts.append("\n".join(["| status | meaning |", "| --- | --- |", *answers]))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _said(operation: Mapping[str, Any]) -> str:
+    """The summary as a sentence, then what else there is to say."""
+    said = (operation.get("summary", ""), operation.get("description", ""))
+    return "\n\n".join(f"{text.rstrip('.')}." for text in said if text)
 
 
 def _commands(path: str, command: Any) -> Iterator[tuple[str, Any]]:

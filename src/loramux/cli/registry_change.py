@@ -16,9 +16,11 @@ from loramux.cli.registry import (
     RootOption,
     TenantOption,
     UrlOption,
-    app,
     find,
     opened,
+)
+from loramux.cli.registry import (
+    app as app,
 )
 from loramux.errors import LoramuxError
 

@@ -76,8 +76,9 @@ class Talk:
         }
 
     def close(self) -> None:
-        for client in (*self.clients.values(), *self.http.values()):
-            client.close()
+        for tenant in self.clients:
+            self.clients[tenant].close()
+            self.http[tenant].close()
 
     def ask(
         self, model: str, row: TaskRow, *, tenant: str = OWNER, tokens: int = ANSWER_TOKENS

@@ -184,7 +184,8 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()  # of the first sample; None for the first token
+    # Of the first sample; None for the first token.
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
     error: str | None = None
     queue_s: float = 0.0
     first_token_s: float = 0.0

@@ -38,7 +38,8 @@ class Sequence:
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     routes: Any = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; if asked for
+    # By position; if asked for.
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     finish_reason: FinishReason | None = None
     error: str | None = None
     failure: str | None = (

@@ -76,10 +76,10 @@ def router() -> APIRouter:
     async def list_adapters(
         services: ServicesDep,
         caller: CallerDep,
-        query: Word = None,
-        base: Word = None,
-        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE,
-        after: Word = None,
+        query: Annotated[Word, Query(description="part of a name")] = None,
+        base: Annotated[Word, Query(description="digest of the base it was made for")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="of one page")] = PAGE,
+        after: Annotated[Word, Query(description="`next` of the page before")] = None,
     ) -> dict[str, Any]:
         found = await in_thread(
             lambda: services.registry.list(

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from loramux.server.auth import check_key
 from loramux.server.config import LimitsConfig
 from loramux.server.errors import ApiError, envelope, response_of
+from loramux.server.limits import RETRY_S
 from loramux.server.services import Services
 
 log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LARGE_BODIES = frozenset({"/v1/adapters"})  # their routes count bytes themselves
+PROBES = frozenset({"/health", "/ready"})
 _CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _INFERENCE = ("/v1/chat/", "/v1/completions", "/v1/embeddings")
 
@@ -39,6 +41,9 @@ class Outer:
     def __init__(self, app: App, services: Services, limits: LimitsConfig, is_local: bool):
         self.app, self.services = app, services
         self.limits, self.is_local = limits, is_local
+        # Half: beyond all of them uvicorn turns connections away, with neither an envelope nor Retry-After.
+        self.most = max(1, limits.max_connections // 2)
+        self.num_active = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +67,10 @@ class Outer:
                 ]
             await send(message)
 
+        self.num_active += 1
         try:
+            if self.num_active > self.most and scope["path"] not in PROBES:
+                raise _overloaded()
             self._check(scope)
             if scope["path"] not in LARGE_BODIES:
                 receive = self._capped(scope, receive)
@@ -78,6 +86,8 @@ class Outer:
             log.exception("%s: %s failed", request_id, scope["method"])
             body = envelope(500, f"the server failed at {request_id}", "internal_error")
             await JSONResponse(body, 500)(scope, receive, tagged)
+        finally:
+            self.num_active -= 1
 
     def _check(self, scope: MutableMapping[str, Any]) -> None:
         """Without keys only this machine may call, and no web page through its user's browser."""
@@ -120,6 +130,14 @@ class Outer:
             return message
 
         return counted
+
+
+def _overloaded() -> ApiError:
+    """Said before anything of a call is read: with more under way than can be, each refusal has to be cheap."""
+    return ApiError(
+        "the server has too many calls under way; try again shortly",
+        code="overloaded", headers={"Retry-After": str(RETRY_S)},
+    )  # fmt: skip
 
 
 def _is_loopback(netloc: str) -> bool:

@@ -94,22 +94,49 @@ class SamplingBody(_Body):
     model: Model | None = Field(None, description="base, adapter, mix, router:NAME or auto")
     adapter_id: Model | None = Field(None, description="another spelling of an adapter in `model`")
     lora_path: Model | None = Field(None, description="another spelling of an adapter in `model`")
-    max_tokens: int | None = Field(None, ge=0, le=2**31)
-    min_tokens: int = Field(0, ge=0, le=2**31)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=0, le=2**62)
-    n: int | None = Field(None, ge=1, le=2**31)
-    stop: Text | list[Text] | None = None
-    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
-    ignore_eos: bool = False
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31, description="new tokens of one sample at most"
+    )
+    min_tokens: int = Field(0, ge=0, le=2**31, description="no stop before so many")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="1 without it; 0: the likeliest token each time"
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="draw from the likeliest tokens that make up this share"
+    )
+    top_k: int | None = Field(
+        None, ge=-1, le=2**31, description="draw from so many of the likeliest tokens; 0 or -1: all"
+    )
+    min_p: float | None = Field(
+        None, ge=0, le=1, description="least probability, as a share of the likeliest"
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        gt=0,
+        le=10,
+        description="divides the logits of tokens that were there, the prompt's too; 1: none",
+    )
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="taken from the logits of tokens that were generated"
+    )
+    frequency_penalty: float | None = Field(
+        None, ge=-2, le=2, description="the same, times how often they were"
+    )
+    seed: int | None = Field(
+        None, ge=0, le=2**62, description="the same seed draws the same tokens"
+    )
+    n: int | None = Field(None, ge=1, le=2**31, description="samples of each prompt; 1 without it")
+    stop: Text | list[Text] | None = Field(
+        None, description="texts that end an answer; they are not in it"
+    )
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = Field(
+        None, description="tokens that end an answer"
+    )
+    ignore_eos: bool = Field(False, description="go on after the end token")
+    stream: bool | None = Field(None, description="chunks as server-sent events")
+    stream_options: StreamOptions | None = Field(
+        None, description="include_usage: a last chunk with the usage"
+    )
 
     @property
     def wants_usage(self) -> bool:
@@ -160,25 +187,47 @@ class Message(BaseModel):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=2**31)
+    messages: list[Message] = Field(
+        min_length=1, description="the turns: role and content (a text, or parts of type text)"
+    )
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=2**31, description="another name of max_tokens"
+    )
+    logprobs: bool | None = Field(None, description="log-probabilities of the chosen tokens")
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=2**31,
+        description="so many of the likeliest tokens at each place; needs logprobs",
+    )
 
 
 class CompletionBody(SamplingBody):
     """POST /v1/completions. `prompt`: a text, token ids, or a list of either."""
 
-    prompt: Text | list[Token] | list[Text] | list[list[Token]]
-    logprobs: int | None = Field(None, ge=0, le=2**31)
-    echo: bool | None = None
-    best_of: int | None = Field(None, ge=1, le=2**31)
+    prompt: Text | list[Token] | list[Text] | list[list[Token]] = Field(
+        description="a text, token ids, or a list of either"
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=2**31,
+        description="log-probabilities, and so many of the likeliest tokens at each place",
+    )
+    echo: bool | None = Field(
+        None, description="the prompt before the answer; with logprobs those of its tokens too"
+    )
+    best_of: int | None = Field(
+        None, ge=1, le=2**31, description="not supported unless it equals n"
+    )
 
 
 class EmbeddingBody(_Body):
     """POST /v1/embeddings."""
 
-    model: Model
-    input: Text | list[Text]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: int | None = Field(None, ge=1, le=2**31)
+    model: Model = Field(description="minilm")
+    input: Text | list[Text] = Field(description="a text, or up to 256 of them")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: little-endian float32"
+    )
+    dimensions: int | None = Field(None, ge=1, le=2**31, description="not supported")

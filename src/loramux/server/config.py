@@ -183,7 +183,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ServerConfig
             raw = override(raw, text)
     except RecipeError as error:
         raise ServerConfigError(str(error)) from None
-    raw = _with_paths_from(raw, path.parent.resolve())
+    try:
+        raw = _with_paths_from(raw, path.parent.resolve())
+    except (OSError, RuntimeError) as error:  # a name of 5,000 letters, the home of nobody
+        why = getattr(error, "strerror", None) or error
+        raise ServerConfigError(f"{path}: a folder that it names cannot be: {why}") from None
     try:
         return parse_config(raw)
     except ServerConfigError as error:

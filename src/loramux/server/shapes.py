@@ -75,11 +75,10 @@ TEXT_LOGPROBS = thing(
 
 
 def _answer(kind: str, **choice: Schema) -> Schema:
-    whole = thing(
+    return thing(
         id=TEXT, object=constant(kind), created=WHOLE, model=TEXT,
         choices=many(thing(index=WHOLE, finish_reason=FINISH, **choice)), usage=USAGE, loramux=OURS,
     )  # fmt: skip
-    return whole
 
 
 _SAID = {"role": constant("assistant"), "content": TEXT, "refusal": {"type": "null"}}

@@ -26,8 +26,10 @@ def router() -> APIRouter:
         request: Request,
         services: ServicesDep,
         caller: CallerDep,
-        limit: Annotated[int, Query(ge=1, le=PAGE)] = PAGE,
-        after: Annotated[str | None, Query(max_length=300)] = None,
+        limit: Annotated[int, Query(ge=1, le=PAGE, description="of one page")] = PAGE,
+        after: Annotated[
+            str | None, Query(max_length=300, description="id of the last model of the page before")
+        ] = None,
     ) -> dict[str, Any]:
         config = request.app.state.config
         found = await services.names.visible(caller, services.base_digest)
