@@ -44,8 +44,10 @@ bench: $(VENV)/.stamp-dev
 
 fuzz: $(VENV)/.stamp-dev
 	PYTHONPATH=tests $(BIN)/python -m fuzz.uploads --archives 2000 --mutations 50000 --names 20000
+	PYTHONPATH=tests $(BIN)/python -m fuzz.configs --count 20000
 	LORAMUX_RETRIEVAL_CALLS=100000 $(BIN)/python -m pytest -q tests/retrieval/test_retriever.py -k outside
-	LORAMUX_FUZZ_EXAMPLES=500 $(BIN)/python -m pytest -q tests/server/test_openapi.py
+	LORAMUX_FUZZ_EXAMPLES=500 LORAMUX_AUTO_CALLS=100000 $(BIN)/python -m pytest -q -n 2 --dist load \
+		tests/server/test_openapi.py tests/server/test_auto_rights.py tests/server/test_lm_eval.py
 
 crash: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.registry.crash --kills 1000

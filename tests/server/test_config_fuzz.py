@@ -37,12 +37,10 @@ def test_what_yaml_itself_trips_over_is_a_wrong_configuration(value, tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    [f"base: {'a' * 5000}", "base: x\nregistry: {root: ~who-is-that/x}", "base: ~who-is-that/x"],
-    ids=["long", "home", "base"],
+    [f"base: {'a' * 5000}", "base: x\nregistry: {root: ~who-is-that/x}"],
+    ids=["long", "home"],
 )
-def test_a_folder_that_cannot_be_is_a_wrong_configuration_or_a_name(text, tmp_path):
+def test_a_folder_that_cannot_be_is_a_wrong_configuration(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
-    try:
+    with pytest.raises(ServerConfigError, match="cannot be"):
         load_config(tmp_path / "a.yaml")
-    except ServerConfigError as error:
-        assert len(str(error)) < 500
