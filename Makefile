@@ -9,6 +9,8 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 STORM_ARGS ?=
 ALIKE_ARGS ?=
+# Where `make reliability` keeps a registry of 10,000 adapters; filling it takes minutes.
+GATEWAY_HOME ?= .gateway
 # What `loramux fetch smollm2-135m` makes.
 BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 
@@ -16,7 +18,7 @@ BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo tenants serve-demo fuzz crash test lint format bench storm alike reference clean
+.PHONY: demo tenants serve-demo fuzz reliability crash test lint format bench storm alike reference clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
@@ -48,6 +50,11 @@ fuzz: $(VENV)/.stamp-dev
 	LORAMUX_RETRIEVAL_CALLS=100000 $(BIN)/python -m pytest -q tests/retrieval/test_retriever.py -k outside
 	LORAMUX_FUZZ_EXAMPLES=500 LORAMUX_AUTO_CALLS=100000 $(BIN)/python -m pytest -q -n 2 --dist load \
 		tests/server/test_openapi.py tests/server/test_auto_rights.py tests/server/test_lm_eval.py
+
+reliability: $(VENV)/.stamp-dev
+	$(BIN)/python -m loramux.bench.gateway --home $(GATEWAY_HOME)
+	for what in streams flips flood "flood --races 20" overload revoke kill; do \
+		$(BIN)/python -m loramux.bench.gateway_$$what || failed=1; done; exit $${failed:-0}
 
 crash: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.registry.crash --kills 1000
