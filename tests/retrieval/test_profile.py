@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +152,10 @@ def test_damaged_bytes_are_refused_or_still_a_profile() -> None:
             )
         except ProfileError:
             continue
+
+
+def test_no_module_hides_a_public_name_of_the_package():
+    import loramux.retrieval as package
+
+    folder = Path(package.__file__).parent
+    assert not {file.stem for file in folder.glob("*.py")} & set(package.__all__)

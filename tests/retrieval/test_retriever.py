@@ -18,7 +18,7 @@ from loramux.retrieval.profile import make_profile
 from loramux.retrieval.rank import MIN_FOR_Z, Ranking, hybrid
 from loramux.retrieval.retriever import Hit, Retrieved, Retriever
 from loramux.retrieval.text import unit
-from loramux.retrieval.weights import mapping, weights
+from loramux.retrieval.weighing import mapping, weights
 from loramux.retrieval.where import EVERYTHING, Where
 from oracles import lora_retriever as oracle
 from retrieval.pools import DIM, TOPICS, WordEncoder, random_entries, random_query, samples

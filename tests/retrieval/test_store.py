@@ -17,7 +17,7 @@ from sqlalchemy import update
 from loramux.registry import Registry, Version
 from loramux.registry.db import begin
 from loramux.retrieval.errors import ProfileError
-from loramux.retrieval.follow import follow
+from loramux.retrieval.following import follow
 from loramux.retrieval.profile import Profile, make_profile
 from loramux.retrieval.retriever import Retriever
 from loramux.retrieval.store import ProfileStore

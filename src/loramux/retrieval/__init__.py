@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from loramux.retrieval.encoder import Encoder, MiniLM
     from loramux.retrieval.errors import EncoderError, ProfileError, RetrievalError
     from loramux.retrieval.exact import ExactIndex
-    from loramux.retrieval.follow import Follower, follow
+    from loramux.retrieval.following import Follower, follow
     from loramux.retrieval.fusing import fuse, fused_folder
     from loramux.retrieval.index import Entry, Index
     from loramux.retrieval.profile import Profile, make_profile
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loramux.retrieval.rank import Ranking
     from loramux.retrieval.retriever import Hit, Retrieved, Retriever
     from loramux.retrieval.store import ProfileStore
-    from loramux.retrieval.weights import mapping, weights
+    from loramux.retrieval.weighing import mapping, weights
     from loramux.retrieval.where import EVERYTHING, Where
 
 _WHERE = {
@@ -31,7 +31,7 @@ _WHERE = {
     "encoder": ("Encoder", "MiniLM"),
     "errors": ("EncoderError", "ProfileError", "RetrievalError"),
     "exact": ("ExactIndex",),
-    "follow": ("Follower", "follow"),
+    "following": ("Follower", "follow"),
     "fusing": ("fuse", "fused_folder"),
     "index": ("Entry", "Index"),
     "profile": ("Profile", "make_profile"),
@@ -39,7 +39,7 @@ _WHERE = {
     "rank": ("Ranking",),
     "retriever": ("Hit", "Retrieved", "Retriever"),
     "store": ("ProfileStore",),
-    "weights": ("mapping", "weights"),
+    "weighing": ("mapping", "weights"),
     "where": ("EVERYTHING", "Where"),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
@@ -81,6 +81,5 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    # Remembered, also because a module of the same name would otherwise hide the function after its import.
     globals()[name] = found
     return found

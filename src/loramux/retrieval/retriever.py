@@ -22,7 +22,7 @@ from loramux.retrieval.rank import Ranking, choose, hybrid
 from loramux.retrieval.where import EVERYTHING, Allowed, Tags, Where
 
 if TYPE_CHECKING:
-    from loramux.retrieval.follow import Follower
+    from loramux.retrieval.following import Follower
 
 REFRESH_AT = (
     0.25  # ours: the background is made anew when the pool has grown or shrunk by a quarter
@@ -163,7 +163,7 @@ class Retriever:
 
     def follow(self, registry: Any, caller: str | None = None, **options: Any) -> Follower:
         """Keep this retriever in step with a registry: `follow(self, registry, caller)`."""
-        from loramux.retrieval.follow import follow
+        from loramux.retrieval.following import follow
 
         return follow(self, registry, caller, **options)
 
