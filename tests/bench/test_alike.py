@@ -15,10 +15,16 @@ from loramux.engine.program import Program
 
 
 def test_a_small_base_answers_alike_alone_and_in_a_crowd(tmp_path: Path):
-    found = compare(build_base(32), tmp_path, 40, 0, silent)
-    assert found.problems == []
-    assert found.worst.keys() == {"base", "plain", "milora", "mixlora", "gated", "mix"}
-    assert found.preemptions > 0
+    # Who is admitted when depends on when its adapter was read, so a crowd may find room for all.
+    preemptions = 0
+    for seed in range(6):
+        found = compare(build_base(32), tmp_path / str(seed), 40, seed, silent)
+        assert found.problems == []
+        assert found.worst.keys() == {"base", "plain", "milora", "mixlora", "gated", "mix"}
+        preemptions += found.preemptions
+        if preemptions:
+            return
+    raise AssertionError("no crowd had a sequence preempted")
 
 
 def test_weights_that_move_to_a_neighbour_are_noticed(
