@@ -145,7 +145,6 @@ class _serving:
                 backlog=2048,
             )
         )  # fmt: skip
-        self.server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         self.task = asyncio.ensure_future(self.server._serve([listener]))
         while not self.server.started and not self.task.done():
             await asyncio.sleep(0.005)
