@@ -7,14 +7,18 @@ import os
 import shutil
 import tempfile
 
-# Digests and models cached by tests must not land among the user's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="loramux-tests-")
+# Digests and models cached by tests must not land among the user's. One folder for all workers: compiling kernels takes
+# longer than most tests, and a worker inherits what the process that started it has set.
+MADE_HERE = "LORAMUX_TESTS_CACHE" not in os.environ
+if MADE_HERE:
+    os.environ["LORAMUX_TESTS_CACHE"] = tempfile.mkdtemp(prefix="loramux-tests-")
+os.environ["XDG_CACHE_HOME"] = os.environ["LORAMUX_TESTS_CACHE"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -23,10 +27,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from pico import build_pico, pico_tokenizer
 
 
-@pytest.fixture(scope="session", autouse=True)
-def own_cache() -> Iterator[None]:
-    yield
-    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if MADE_HERE:
+        shutil.rmtree(os.environ["LORAMUX_TESTS_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
