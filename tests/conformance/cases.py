@@ -100,7 +100,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "null": {"adapter_dropout": 0.0, "null_expert": True, "normalise_keys": True},
     },
 }
-NOT_SERVED = ("xlora",)  # refused by the engine: every token would be run twice
 # The raw top-p weights of a token do not sum to 1, so untrained experts scale the FFN: the published rule.
 NOT_THE_BASE_AT_FIRST = ("mixlora-dynamic",)
 # Trained adapters for the methods that gate them: other ranks and scales, and one that leaves layer 1 out.
@@ -159,11 +158,6 @@ def crossed(*families: str) -> list[tuple[Variant, str]]:
         *((variant, "llama") for variant in every_variant()),
         *((variant, family) for family in families for variant in first_variants()),
     ]
-
-
-def served(variants: list[Variant]) -> list[Variant]:
-    """Those that the engine serves."""
-    return [variant for variant in variants if variant.method not in NOT_SERVED]
 
 
 def learning(cases: list[Any]) -> list[Any]:

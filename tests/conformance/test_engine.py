@@ -9,13 +9,11 @@ import pytest
 
 import loramux
 from conformance.cases import (
-    NOT_SERVED,
     Maker,
     Variant,
     every_variant,
     first_variants,
     named,
-    served,
 )
 from engine.crowd import (
     assert_close,
@@ -36,7 +34,7 @@ FAMILIES = ("qwen3", "gemma3", "phi3", "gpt2")
 
 @pytest.fixture(scope="module")
 def folders(make: Maker, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_variants(make, tmp_path_factory.mktemp("llama"), served(every_variant()), "llama")
+    return save_variants(make, tmp_path_factory.mktemp("llama"), every_variant(), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def crowd(folders: dict[str, Path]) -> loramux.Handle:
     return load_all(build_pico("llama"), folders)
 
 
-@pytest.mark.parametrize("variant", [None, *served(every_variant())], ids=named)
+@pytest.mark.parametrize("variant", [None, *every_variant()], ids=named)
 def test_an_answer_alone_is_that_of_one_plain_forward(
     variant: Variant | None, folders: dict[str, Path], crowd: loramux.Handle
 ):
@@ -96,7 +94,7 @@ def test_an_answer_in_a_crowd_is_that_of_one_plain_forward(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_answer_alike(family: str, make: Maker, tmp_path: Path):
-    saved = save_variants(make, tmp_path, served(first_variants()), family)
+    saved = save_variants(make, tmp_path, first_variants(), family)
     handle = load_all(build_pico(family), saved)
     draw = random.Random(1)
     requests = [
@@ -108,16 +106,3 @@ def test_other_families_answer_alike(family: str, make: Maker, tmp_path: Path):
         seen = record(engine)
         done = drive(engine, requests, draw)
     assert_like_core(handle, requests, done, seen)
-
-
-@pytest.mark.parametrize("method", NOT_SERVED)
-def test_what_the_engine_cannot_serve_it_refuses_with_the_way_out(
-    method: str, make: Maker, tmp_path: Path
-):
-    (variant,) = [v for v in first_variants() if v.method == method]
-    folder = save_variants(make, tmp_path, [variant], "llama")[variant.name]
-    with build_engine() as engine:
-        engine.add_adapter("one", folder)
-        ((completion,),) = engine.generate([greedy([5, 6, 7], "one")])
-    assert completion.error is not None
-    assert "does not serve it, use loramux.load" in completion.error

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loramux
-from conformance.cases import Maker, Variant, every_variant, named, nudge, served
+from conformance.cases import Maker, Variant, every_variant, named, nudge
 from engine.folders import CONFIG, TARGETS, WEIGHTS, trained, write_lora
 from loramux.core.bank import dora_gain
 from loramux.core.sites import find_sites
@@ -66,7 +66,7 @@ def saved(
 
 
 Saved = Callable[[Variant], tuple[loramux.Handle, Path]]
-ALL = pytest.mark.parametrize("variant", served(every_variant()), ids=named)
+ALL = pytest.mark.parametrize("variant", every_variant(), ids=named)
 
 
 @ALL
@@ -173,7 +173,7 @@ def make_variant(tmp_path_factory: pytest.TempPathFactory) -> Maker:
 def test_how_a_router_decides_is_part_of_the_content(
     method: str, change: dict[str, Any], saved: Saved, read: Reader, tmp_path: Path
 ) -> None:
-    variant = next(v for v in served(every_variant()) if v.method == method)
+    variant = next(v for v in every_variant() if v.method == method)
     _, folder = saved(variant)
     shutil.copytree(folder, tmp_path / "changed")
     path = tmp_path / "changed" / "mixture_config.json"
@@ -197,7 +197,7 @@ def test_what_only_training_reads_is_not(read: Reader, tmp_path: Path) -> None:
 
 
 def test_a_masked_expert_makes_another_content(saved: Saved, read: Reader) -> None:
-    handle, folder = saved(next(v for v in served(every_variant()) if v.method == "mole"))
+    handle, folder = saved(next(v for v in every_variant() if v.method == "mole"))
     handle.mask_experts({"red": False})
     try:
         content = content_of(read.layout, handle.adapters["default"])
@@ -221,7 +221,7 @@ def test_training_an_adapter_further_does_not_reach_its_content(read: Reader) ->
 def test_training_a_router_further_does_not_reach_its_content(
     read: Reader, make_variant: Maker
 ) -> None:
-    variant = next(v for v in served(every_variant()) if v.method == "mixlora")
+    variant = next(v for v in every_variant() if v.method == "mixlora")
     adapter = make_variant.attach(build_pico("llama"), variant).adapters["default"]
     content = content_of(read.layout, adapter)
     path, router = next(iter(content.routers.items()))
@@ -272,11 +272,9 @@ def test_sites_that_read_one_input_lie_side_by_side(read: Reader, tmp_path: Path
 
 
 def test_prompt_routed_contents_are_neither_cut_nor_shared(saved: Saved, read: Reader) -> None:
-    whole = {v.name: read(saved(v)[1]) for v in served(every_variant())}
+    whole = {v.name: read(saved(v)[1]) for v in every_variant()}
     cut = {name for name, content in whole.items() if not content.is_chunkable}
-    routed = {
-        v.name for v in served(every_variant()) if v.method in ("milora", "midora", "moelora")
-    }
+    routed = {v.name for v in every_variant() if v.method in ("milora", "midora", "moelora")}
     assert cut == routed | {"mole-prompt"}
     assert cut == {name for name, content in whole.items() if not content.is_shareable}
 
@@ -340,7 +338,7 @@ def test_the_base_is_digested_once_for_all_mixtures(
     monkeypatch.setattr(
         base, "state_digest", lambda *args: digests.append(inner(*args)) or digests[-1]
     )
-    for variant in served(every_variant()):
+    for variant in every_variant():
         read(saved(variant)[1])
     assert len(digests) == 1
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import loramux
-from conformance.cases import Maker, Variant, every_variant, named, nudge, served, variants_of
+from conformance.cases import Maker, Variant, every_variant, named, nudge, variants_of
 from engine.crowd import build_engine, greedy, random_prompt, save_variants
 from engine.helpers import (
     Done,
@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(root: Path) -> dict[str, Path]:
-    return save_variants(Maker(root / "experts"), root, served(every_variant()), "llama")
+    return save_variants(Maker(root / "experts"), root, every_variant(), "llama")
 
 
 def save_bad(variant: Variant, root: Path, factor: float) -> Path:
@@ -87,7 +87,7 @@ def run_with(bad: Path, folders: dict[str, Path], **options: object) -> tuple[Do
 
 
 @pytest.mark.parametrize("most_rows", [16, 2048])
-@pytest.mark.parametrize("variant", served(every_variant()), ids=named)
+@pytest.mark.parametrize("variant", every_variant(), ids=named)
 def test_a_row_that_is_not_finite_ends_its_request_and_leaves_the_others_bit_equal(
     variant: Variant, most_rows: int, folders: dict[str, Path], root: Path
 ):
@@ -120,7 +120,7 @@ def test_blocks_of_a_row_that_was_not_finite_serve_later_requests(
     max_chunk: int, folders: dict[str, Path], root: Path
 ):
     """The pool is small: what comes next gets the very blocks that hold NaN."""
-    bad = save_bad(next(v for v in served(every_variant()) if v.name == "lora-plain"), root, HUGE)
+    bad = save_bad(next(v for v in every_variant() if v.name == "lora-plain"), root, HUGE)
     draw = random.Random(3)
     later = [greedy(random_prompt(draw, 5, 20), None, 7, id=f"r{i}") for i in range(8)]
     with build_engine(kv_memory=20_000, max_chunk=max_chunk) as engine:

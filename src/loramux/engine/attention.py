@@ -41,20 +41,35 @@ class Paging:
         self.rows: PagedRows | None = None
         self._configs = configs_of(model)
         self._own: list[str | None] | None = None
+        self._sites = shape.layers
         self._modules = [site.module for site in shape.layers]
-        for site, keys, values in zip(
-            shape.layers, pool.keys_LBGDTP, pool.values_LBGTDP, strict=True
-        ):
-            kv = LayerKV(keys, values, site.scale, site.window, site.softcap)
-            vars(site.module)[NAME] = Layer(self, kv)
+        self._layers: dict[int, list[Layer]] = {}  # of each pool that was served, by its id
+        self._seen: KVPool | None = None
+        self._see(pool)
 
     def begin(self, plan: StepPlan) -> None:
         """Copies the blocks that the plan wants copied and takes over attention, until `end`."""
         self.pool.copy(plan.copies)
         self.serve(lay_out(plan.chunks, self.pool))
 
-    def serve(self, rows: PagedRows) -> None:
-        """Takes over attention for a forward of these rows, until `end`."""
+    def _see(self, pool: KVPool) -> None:
+        """The model's attention reads and writes this pool from now on. A pool that was seen must live on."""
+        if pool is self._seen:
+            return
+        layers = self._layers.get(id(pool))
+        if layers is None:
+            places = zip(self._sites, pool.keys_LBGDTP, pool.values_LBGTDP, strict=True)
+            layers = self._layers[id(pool)] = [
+                Layer(self, LayerKV(keys, values, site.scale, site.window, site.softcap))
+                for site, keys, values in places
+            ]
+        for module, layer in zip(self._modules, layers, strict=True):
+            vars(module)[NAME] = layer
+        self._seen = pool
+
+    def serve(self, rows: PagedRows, pool: KVPool | None = None) -> None:
+        """Takes over attention for a forward of these rows, until `end`. pool: another than its own."""
+        self._see(pool or self.pool)
         self.rows = rows
         if self._own is None:
             self._own = [config._attn_implementation for config in self._configs]

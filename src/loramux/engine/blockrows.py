@@ -105,14 +105,22 @@ def lay_out(
         (found.exit if is_exit else found.enter)[index] = shared[key]
     found.refresh(program)
     inside = set(found.sites)
-    found.refreshes = any(
-        not inside.isdisjoint(unit.sites) and path not in {site.path for _, site in block}
-        for path, waiting in program.late.items()
-        for _, unit in waiting
-    ) or any(
-        not inside.isdisjoint(entry.facts.governed[path])
-        for path, entries in program.layers.items()
-        for entry in entries
+    found.refreshes = (
+        any(
+            not inside.isdisjoint(unit.sites) and path not in {site.path for _, site in block}
+            for path, waiting in program.late.items()
+            for _, unit in waiting
+        )
+        or any(
+            not inside.isdisjoint(entry.facts.governed[path])
+            for path, entries in program.layers.items()
+            for entry in entries
+        )
+        or any(
+            not inside.isdisjoint(entry.facts.governed[path])
+            for entry in program.entries
+            for path in entry.facts.hidden
+        )
     )
     found.moved_at = _places(program, {id(entry) for entry, _ in chosen}, at)
     return found

@@ -359,7 +359,7 @@ class Engine(Answers):
             "kv_blocks": self.blocks.num_blocks,
             "kv_blocks_free": self.blocks.num_free,
             "kv_blocks_cached": self.blocks.num_cached,
-            "kv_bytes": self._parts.kv.nbytes,
+            "kv_bytes": self._parts.kv.nbytes + self._parts.runner.twin.nbytes,
             "graphs": self._parts.graph_stats(),
         }
 

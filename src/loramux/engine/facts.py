@@ -1,8 +1,8 @@
 """What the engine must know of an adapter's routers, looked up once per content.
 
-Four kinds of router can sit in an adapter: one that reads the input of a layer or block and weighs its experts (a
-sum), one that does so at a single linear, one that turns the tokens of an FFN into rows (top-k experts), and a late
-gate that reads t = A x at the first site of its unit.
+Five kinds of router can sit in an adapter: one that reads the input of a layer or block and weighs its experts (a
+sum), one that does so at a single linear, one that turns the tokens of an FFN into rows (top-k experts), a late gate
+that reads t = A x at the first site of its unit, and one that reads the bare base's last hidden state.
 """
 
 from __future__ import annotations
@@ -40,10 +40,13 @@ class RowBlock:
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """layers and sited: routers by the path of a layer or block, and of a linear; governed: the sites they weigh."""
+    """layers and sited: routers by the path of a layer or block, and of a linear; hidden: those that run before the
+    step (engine/twin.py); governed: the sites they weigh.
+    """
 
     layers: Mapping[str, Router]
     sited: Mapping[str, Router]
+    hidden: Mapping[str, Router]
     governed: Mapping[str, tuple[int, ...]]
     blocks: Mapping[str, RowBlock]
     late: Mapping[str, LateUnit]
@@ -67,11 +70,6 @@ class Facts:
 
 def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
     """`sites` are the engine's, in order: their indices are those of the slot table."""
-    if adapter.hidden_routers:
-        raise ValueError(
-            f"{adapter.method.title} decides from a pass of the bare base over every token, which would need a second "
-            "KV pool; the engine does not serve it, use loramux.load and model.generate"
-        )
     index = {site.path: i for i, site in enumerate(sites)}
     layers: dict[str, Router] = {}
     sited: dict[str, Router] = {}
@@ -93,6 +91,8 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
         )
         for path in (*layers, *sited, *blocks)
     }
+    hidden = dict(adapter.hidden_routers)
+    governed |= dict.fromkeys(hidden, tuple(index[path] for path in adapter.sites))
     late = _late_units(adapter, index)
     plain = [
         rows.spans.num_slots
@@ -103,6 +103,7 @@ def find_facts(adapter: Adapter, sites: Sequence[Site]) -> Facts:
     return Facts(
         layers=layers,
         sited=sited,
+        hidden=hidden,
         governed=governed,
         blocks=blocks,
         late=late,

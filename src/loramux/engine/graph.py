@@ -186,7 +186,13 @@ class DecodeGraphs:
         """Whether all that a step does is known before it runs."""
         if not program.is_decode or _up(program.num_tokens) > MAX_TRITON_ROWS:
             return False
-        if program.late or program.layers or program.sited or program.routed_blocks:
+        if (
+            program.late
+            or program.layers
+            or program.sited
+            or program.routed_blocks
+            or program.has_hidden
+        ):
             return False
         return all(e.is_decided() for e in program.entries if e.facts.routes_on_prompt)
 

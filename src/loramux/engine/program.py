@@ -99,7 +99,8 @@ class Program:
         self.num_pairs = pair
         prompted = [e for e in self.entries if e.facts.routes_on_prompt]
         self.differs = bool(prompted) or any(
-            e.facts.layers or e.facts.sited or not _runs_in_kernel(e) for e in self.entries
+            e.facts.layers or e.facts.sited or e.facts.hidden or not _runs_in_kernel(e)
+            for e in self.entries
         )
         self.token, self.slot = self._index()
         self.weight = self._weights()
@@ -193,6 +194,11 @@ class Program:
                     continue
                 found.setdefault(path, []).append((entry, unit))
         return found
+
+    @cached_property
+    def has_hidden(self) -> bool:
+        """Whether some tokens run the bare base first, in every step."""
+        return any(entry.facts.hidden for entry in self.entries)
 
     @cached_property
     def layers(self) -> dict[str, list[Entry]]:

@@ -13,6 +13,7 @@ from loramux.engine.graph import DecodeGraphs
 from loramux.engine.program import Program
 from loramux.engine.promptlogs import Wanted, note_prompts, wanted_rows
 from loramux.engine.sequence import Sequence, StepPlan
+from loramux.engine.twin import TwinPass
 from loramux.engine.wiring import Wiring
 from loramux.ops.paged import PagedRows
 
@@ -23,6 +24,7 @@ class Runner:
     def __init__(self, model: nn.Module, wiring: Wiring, paging: Paging):
         self.model, self.wiring, self.paging = model, wiring, paging
         self.device = wiring.device
+        self.twin = TwinPass(model, wiring, paging)
         self.graphs: DecodeGraphs | None = None  # None: every step runs launch by launch
         self._kept: tuple[tuple[int, ...], Program] | None = None
 
@@ -31,8 +33,12 @@ class Runner:
         program = self._program(plan)
         samplers = [chunk.sequence for chunk in plan.chunks if chunk.samples]
         if self.graphs is not None and self.graphs.takes(program):
+            self.twin.copy(plan.copies)
             return self.graphs.run(plan, program), samplers
         self.paging.pool.copy(plan.copies)
+        self.twin.copy(plan.copies)
+        if program.has_hidden:
+            self.twin.run(plan, program)
         tokens: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
