@@ -226,7 +226,7 @@ def test_the_schema_knows_every_key_and_allows_no_other() -> None:
     json.dumps(schema)
     assert set(schema["properties"]) == {
         *("base", "dtype", "seed", "threads", "method", "data", "training", "jobs"),
-        "joint",
+        *("joint", "objective"),
     }
     assert schema["additionalProperties"] is False
     job = schema["$defs"]["JobPatch"]["properties"]

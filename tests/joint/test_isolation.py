@@ -41,7 +41,7 @@ def test_unlike_jobs_end_with_the_weights_of_their_solo_runs_to_1e_9_over_100_st
 def test_sliding_windows_dropout_of_the_base_and_fused_linears_stay_apart_too(family: str) -> None:
     jobs = [job("lora", steps=6), job("mixlora", steps=6), job("milora", steps=4)]
     handle, _, trainer = together(jobs, family, torch.float64)
-    assert not trainer.obstacle
+    assert not trainer.calls.obstacle
     for each in jobs:
         want, _ = solo(each, family, torch.float64)
         for key, value in weights(handle, each.name).items():
@@ -76,7 +76,7 @@ def test_losses_and_gradients_of_fp32_are_those_of_solo_steps_from_equal_state_t
                 pairs.append((replace(one, grads=grads), other))
             return found
 
-    trainer.joint = Both(base, handle, trainer.forward)
+    trainer.calls.joint = Both(base, handle, trainer.forward)
     trainer.run()
     assert len(pairs) >= 30
     for one, other in pairs:

@@ -9,48 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
+from joint.recipes import JOBS, raw, recipe, write_base
 from loramux.cli.jobs import ask, enqueue
 from loramux.cli.main import main
 from loramux.errors import LoramuxError
-from loramux.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from loramux.recipe import dump_recipe, load_recipe
 from loramux.train import Listener, StepEvent, Trainer, train_recipe
-from pico import build_pico, pico_tokenizer
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("joint") / "base"
-    build_pico("llama").save_pretrained(folder)
-    pico_tokenizer().save_pretrained(folder)
-    rows = [
-        {"prompt": f"What letter comes after {a}?", "completion": b, "task": "letters"}
-        for a, b in zip("abcdefghijklmno", "bcdefghijklmnop", strict=True)
-    ]
-    (folder.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-JOBS = [
-    {"name": "one", "seed": 1},
-    {"name": "two", "seed": 2, "method": {"name": "milora", "r": 4}, "training": {"steps": 3}},
-]
-
-
-def raw(base: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "base": str(base),
-        "dtype": "float32",
-        "joint": True,
-        "method": {"name": "lora", "r": 2},
-        "data": {"train": [{"path": str(base.parent / "rows.jsonl"), "rows": 10}]},
-        "training": {"steps": 5, "learning_rate": 1e-2, "micro_batch_size": 4},
-        "jobs": JOBS,
-        **changes,
-    }
-
-
-def recipe(base: Path, **changes: Any) -> Recipe:
-    return parse_recipe(raw(base, **changes))
+    return write_base(tmp_path_factory.mktemp("joint"))
 
 
 class At(Listener):
@@ -167,7 +136,7 @@ def test_the_socket_lists_pauses_resumes_and_cancels(base: Path, tmp_path: Path)
     assert seen[1] == {"ok": True}
     assert seen[2][1]["status"] == "paused"
     assert "no job named 'nobody'" in seen[3]
-    assert "'do' must be one of list, pause" in seen[4]
+    assert "'do' must be one of list, show, pause" in seen[4]
     assert "one JSON line" in seen[5]
     assert seen[6] == {"ok": True}
     assert [job["status"] for job in result["jobs"]] == ["finished", "cancelled"]

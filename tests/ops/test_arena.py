@@ -5,12 +5,8 @@ Why a process of its own: Triton decides at import whether it compiles or interp
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from hypothesis import strategies as st
 from loramux.ops.arena import ALIGN, ArenaTable, Extents
 from loramux.ops.pool import Member, apply_many, group_linear
 from ops.cases import assert_close
+from ops.child import run_child
 from ops.pool_cases import Group, fill_mixed, loop, pack, random_group, random_pairs
 
 WIDTHS = [(64, 48), (64, 16), (64, 80)]
@@ -73,16 +70,7 @@ def arguments(group: Group) -> dict[str, object]:
 
 def test_the_kernels_equal_the_loop_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tests = Path(__file__).parent.parent
-    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    done = subprocess.run(
-        [sys.executable, "-c", "from ops.test_arena import check_kernels; check_kernels('cpu')"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_child("from ops.test_arena import check_kernels; check_kernels('cpu')")
 
 
 @pytest.mark.gpu

@@ -5,12 +5,8 @@ Why a process of its own: Triton decides at import whether it compiles or interp
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +21,7 @@ from loramux.ops.paged import (
     write_torch,
 )
 from loramux.ops.paged_triton import KEY, DecodeTable, table_of
+from ops.child import run_child
 from ops.test_paged import Case, Shape, exact, make
 
 TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -147,16 +144,7 @@ def check_all(device: str) -> None:
 
 def test_decoding_equals_torch_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    tests = Path(__file__).parent.parent
-    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    done = subprocess.run(
-        [sys.executable, "-c", "from ops.test_paged_triton import check_all; check_all('cpu')"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_child("from ops.test_paged_triton import check_all; check_all('cpu')")
 
 
 @pytest.mark.gpu

@@ -5,15 +5,11 @@ Why apart: Triton decides at import whether it compiles or interprets.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from ops.cases import assert_close, exact, random_case
+from ops.child import run_child
 
 pytest.importorskip("triton")
 SCRIPT = """
@@ -34,16 +30,7 @@ print("equal")
 
 
 def test_any_route_equals_the_loop_in_the_interpreter() -> None:
-    tests = Path(__file__).parent.parent
-    path = os.pathsep.join([str(tests), str(tests.parent / "src")])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    assert run_child(SCRIPT) == "equal"
 
 
 @pytest.mark.gpu

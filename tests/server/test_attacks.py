@@ -26,7 +26,8 @@ def test_auto_leaves_out_what_is_shared_by_tenants_that_are_not_trusted():
     registry, retriever = StubRegistry(), Retriever()
     for tenant in ("ann", "good", "mallory"):
         made = registry.add(tenant, "chess", visibility="private" if tenant == "ann" else "shared")
-        retriever.upsert(made.ref, make_profile(samples("chess")), owner=tenant)
+        tags = {"readers": () if tenant == "ann" else ("*",)}
+        retriever.upsert(made.ref, make_profile(samples("chess")), owner=tenant, tags=tags)
     services = stub_services(registry=registry, retriever=retriever)
     client(services)  # makes the names
 

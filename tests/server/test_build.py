@@ -50,6 +50,15 @@ def test_a_server_from_a_file_serves_uploads_finds_them_and_signs_what_answered(
                 files={"file": ("a.zip", archive(write_peft(tmp_path / name, seed=place)))},
             )
             assert made.status_code == 201, made.text
+            assert made.json()["notes"] == []
+        mute = http.post(
+            "/v1/adapters",
+            data={"name": "law"},
+            files={"file": ("a.zip", archive(write_peft(tmp_path / "mute", seed=7)))},
+        ).json()
+        assert "'auto' no longer finds local/law" in mute["notes"][0]
+        back = http.put("/v1/adapters/law/aliases/latest", json={"version": 1})
+        assert back.status_code == 200, back.text
         keys = PublicKeys.from_json(http.get("/v1/receipts/key").json())
         for model, label in (("auto", "local/law@1"), ("law*0.5+food*0.5", None), ("pico", "pico")):
             asked = {

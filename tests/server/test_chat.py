@@ -40,11 +40,13 @@ def test_each_sample_of_a_stream_starts_with_the_role_and_ends_with_a_reason():
         assert [choice["finish_reason"] for choice in mine].count("stop") == 1
         assert mine[-1]["finish_reason"] == "stop"
     assert got[-1]["choices"] == [] and got[-1]["usage"]["completion_tokens"] == 16
+    assert all(chunk["usage"] is None for chunk in got[:-1])
     assert "loramux" in got[-2] and all("loramux" not in chunk for chunk in got[:-2])
 
 
 def test_without_include_usage_no_chunk_is_without_a_choice():
-    assert all(chunk["choices"] for chunk in events(ask(client(), stream=True)))
+    got = events(ask(client(), stream=True, stream_options=None))
+    assert all(chunk["choices"] and "usage" not in chunk for chunk in got)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,8 @@ def test_without_include_usage_no_chunk_is_without_a_choice():
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"temperature": "1"}, "invalid_value", "temperature"),
         ({"n": 17}, "invalid_value", "n"),
-        ({"max_tokens": 0}, "invalid_value", None),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+        ({"stream_options": {"include_usage": True}}, "invalid_value", "stream_options"),
         ({"max_tokens": 5000}, "invalid_value", "max_tokens"),
         ({"max_tokens": 999}, "context_length_exceeded", "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "invalid_value", "max_tokens"),

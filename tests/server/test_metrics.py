@@ -287,12 +287,11 @@ def test_a_tenant_sees_totals_and_no_foreign_name() -> None:
 def test_only_the_operator_sees_everybody_s_names() -> None:
     services = stub_services()
     ann = SimpleNamespace(tenant="ann")
-    assert viewer_of(services, ann) is None  # no keys: one user
+    assert viewer_of(services, ann, ()) is None  # no keys: one user
     services.tenancy = object()
-    assert viewer_of(services, ann) == "ann"
-    assert viewer_of(services, None) == ""
-    services.extras["operators"] = ("ann",)
-    assert viewer_of(services, ann) is None
+    assert viewer_of(services, ann, ("bob",)) == "ann"
+    assert viewer_of(services, None, ("ann",)) == ""
+    assert viewer_of(services, ann, ("ann",)) is None
 
 
 def test_metrics_can_be_turned_off() -> None:

@@ -1,8 +1,9 @@
 """schemathesis over the OpenAPI description, good data and bad, by every role: no 5xx, every answer as described.
 
-The suite tries a few dozen examples of each operation; LORAMUX_FUZZ_EXAMPLES=500 (`make fuzz`) as many as a release.
-Each example is sent three times: by a key with every right, by one of another role or without one, and with the names
-of adapters that exist in the places of the random ones, so that what lies behind the look-up is reached as well.
+The suite tries 50 examples of each operation; LORAMUX_FUZZ_EXAMPLES=500 (`make fuzz`) as many as a release. Each is
+sent in one of three ways in turn, for a release in all three: by a key with every right, by one of another role or
+without one, and with the names of adapters that exist in the places of the random ones, so that what lies behind the
+look-up is reached as well.
 """
 
 import itertools
@@ -28,7 +29,9 @@ from registry.uploads import put
 from server.rig import config, stub_services
 from tenancy.test_matrix import ROLES
 
-EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", "15"))
+IN_SUITE = 50
+EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", IN_SUITE))
+WAYS = ("all", "other", "aimed")
 SAID = [not_a_server_error, status_code_conformance, response_schema_conformance]
 PUBLIC = ("/health", "/ready", "/version", "/v1/receipts/key")
 POOR = "poor"  # a tenant whose minute is soon spent
@@ -71,6 +74,7 @@ class World:
             ),
         )
         self.others = itertools.cycle([None, *self.keys])
+        self.ways = itertools.cycle(WAYS)
 
     def restore(self) -> None:
         """Make acme/mine, which an example may have deleted."""
@@ -104,16 +108,19 @@ schema = schemathesis.openapi.from_dict(
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 def test_whatever_is_sent_is_answered_as_described(case, world):
-    response = world.send(case, "all")
-    check(case, response)
-    role = next(world.others)
-    other = world.send(case, role)
-    check(case, other)
-    if role is None:
-        assert case.path in PUBLIC or other.status_code == 401, other.text
-    if aim(case, next(MODELS)):
+    ways = WAYS if EXAMPLES > IN_SUITE else (next(world.ways),)
+    if "all" in ways:
         check(case, world.send(case, "all"))
-        if case.method == "DELETE":
+    if "other" in ways:
+        role = next(world.others)
+        other = world.send(case, role)
+        check(case, other)
+        if role is None:
+            assert case.path in PUBLIC or other.status_code == 401, other.text
+    if "aimed" in ways:
+        is_aimed = aim(case, next(MODELS))
+        check(case, world.send(case, "all"))
+        if is_aimed and case.method == "DELETE":
             world.restore()
 
 

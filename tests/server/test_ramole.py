@@ -107,7 +107,7 @@ def test_what_cannot_be_an_expert_is_left_out_and_the_others_answer(served, tmp_
                 parameter.add_(0.1)
     dora = registry.add_folder("zoo", "dora", odd.save(tmp_path / "dora"), visibility="shared")
     samples = [f"court judge lease {n}" for n in range(12)]
-    retriever.upsert(dora.ref, make_profile(samples), owner="zoo")
+    retriever.upsert(dora.ref, make_profile(samples), owner="zoo", tags={"readers": ("*",)})
     for _ in range(2):
         body = http.post(
             "/v1/completions",

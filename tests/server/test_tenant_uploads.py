@@ -37,10 +37,15 @@ def rig(world: World, tmp_path: Path) -> Iterator[Any]:
             extras={"staging": tmp_path / "staging"},
         )
         (tmp_path / "staging").mkdir()
-        limits = {"ann": Limits(max_bytes=200_000, max_adapters=2), "bob": Limits()}
+        limits = {
+            "ann": Limits(max_bytes=200_000, max_adapters=2),
+            "bob": Limits(),
+            "ops": Limits(),
+        }
         for tenant, own in limits.items():
             tenancy.tenants.create(tenant, limits=own, actor="test")
-        app = create_app(config(tenants={"enabled": True}), services)
+        metrics = {"operators": ["ops"]}
+        app = create_app(config(tenants={"enabled": True}, metrics=metrics), services)
 
         def make(tenant: str, *scopes: str) -> TestClient:
             made = tenancy.keys.create(tenant, scopes or WRITER, actor="test")
@@ -147,8 +152,8 @@ def test_names_of_other_tenants_are_not_on_the_metrics_page(rig: Any, world: Wor
     assert page.status_code == 200 and "vllm:generation_tokens_total" in page.text
     assert "secret-merger" not in page.text and "ann" not in page.text
     assert "secret-merger" in ann.get("/metrics").text
-    rig.services.extras["operators"] = ("bob",)
-    assert "secret-merger" in bob.get("/metrics").text
+    assert "secret-merger" in rig.client("ops").get("/metrics").text
+    assert error_of(rig.client("ops", "infer").get("/metrics"), 403)["code"] == "permission_denied"
 
 
 def test_a_foreign_reference_cannot_be_loaded_and_a_shared_one_not_copied(

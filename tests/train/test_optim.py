@@ -82,3 +82,19 @@ def test_clipping_returns_the_norm_before() -> None:
     assert clip(parameters, 1.0).item() == pytest.approx((30 * 4) ** 0.5)
     norm = torch.cat([p.grad.flatten() for p in parameters.values() if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_gradients_within_the_norm_keep_their_bits_and_those_that_are_not_finite_do_not_pass() -> (
+    None
+):
+    parameters = toy()
+    for parameter in parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.125)
+    before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    norm = clip(parameters, 10.0)
+    assert all(torch.equal(before[name], p.grad) for name, p in parameters.items())  # type: ignore[arg-type]
+    found = [p.grad.clone() for p in parameters.values() if p.grad is not None]
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), 10.0, norm)
+    assert all(torch.equal(a, p.grad) for a, p in zip(found, parameters.values(), strict=True))  # type: ignore[arg-type]
+    parameters["a.b"].grad = torch.full_like(parameters["a.b"], float("nan"))
+    assert clip(parameters, 10.0).isnan()

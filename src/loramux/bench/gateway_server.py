@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +100,7 @@ def in_thread(
 
     def work() -> None:
         try:
-            asyncio.run(run())
+            _run(run)
         except BaseException as error:
             failed.append(error)
         finally:
@@ -120,6 +120,14 @@ def in_thread(
         raise RuntimeError("the server failed") from failed[0]
 
 
+def _run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """On the loop that `loramux serve` runs on."""
+    from loramux.server.listening import loop_factory
+
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(work())
+
+
 class _serving:
     """uvicorn over the application, for as long as the block lasts."""
 
@@ -131,6 +139,7 @@ class _serving:
         import uvicorn
 
         from loramux.server.app import create_app
+        from loramux.server.listening import uvicorn_config
 
         settings, services = _build(self.home, self.config, self.stub)
         app = create_app(settings, services)
@@ -139,12 +148,8 @@ class _serving:
         port = listener.getsockname()[1]
         # As `loramux serve` has it, but for signals: the caller ends it.
         self.server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_level="error", access_log=False, server_header=False,
-                timeout_graceful_shutdown=5, limit_concurrency=settings.limits.max_connections,
-                backlog=2048,
-            )
-        )  # fmt: skip
+            uvicorn_config(app, settings.limits, log_level="error", timeout_graceful_shutdown=5)
+        )
         self.task = asyncio.ensure_future(self.server._serve([listener]))
         while not self.server.started and not self.task.done():
             await asyncio.sleep(0.005)
@@ -207,7 +212,7 @@ def main() -> None:
             sys.stdout.flush()
             await stop.wait()
 
-    asyncio.run(run())
+    _run(run)
 
 
 if __name__ == "__main__":

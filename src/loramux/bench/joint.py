@@ -3,10 +3,14 @@
 A round is one optimizer step of every job, by the trainers themselves: batches, schedule, clipping and optimizer are
 part of it. PEFT's is a bare loop of a model that takes one job's rows after the other's, without loading or saving in
 between, which is the least that training them in turn costs. The first half of every row is not supervised.
+
+A MixLoRA job is compared with a LoRA job of its active rank: two experts of rank 8 act on a token, so rank 16.
+Memory is in `joint_memory.py`, what a run spends beside training in `joint_overhead.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +19,11 @@ import torch
 
 import loramux
 from loramux.bench.adapters import RANK
+from loramux.bench.apart import Apart
 from loramux.bench.progress import Begin
 from loramux.bench.rounds import Measure, cpu_seconds, interleave
-from loramux.bench.shape import Effort, build_base, copy_of
-from loramux.bench.table import Compared, Measured, compare
+from loramux.bench.shape import Effort, Shape, build_base
+from loramux.bench.table import Compared, Measured, Row, compare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 STEPS = 10_000  # of a job: more than are ever timed
 JOINT, TURNS, PEFT = "together in loramux", "in turn in loramux", "in turn in PEFT"
+MIXLORA, LORA_16, PEFT_16 = "MixLoRA 8 experts top-2", "LoRA r=16", "LoRA r=16 in PEFT"
+ACTIVE_RANK = 16
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ LOADS = (
     Load(4, 2, 128, "4 jobs/peft"),
     Load(1, 8, 128, "1 job/peft"),
 )
-SMALL_LOADS = (Load(3, 2, 8, "8 jobs/peft"),)
+SMALL_LOADS = (Load(3, 2, 8, "8 jobs/peft"), Load(1, 2, 8, "1 job/peft"))
 
 
 def make_jobs(load: Load, vocab: int) -> list[Job]:
@@ -74,12 +81,12 @@ def make_jobs(load: Load, vocab: int) -> list[Job]:
 class Rounds:
     """The jobs with a trainer of loramux; a call gives the seconds of one round."""
 
-    def __init__(self, base: PreTrainedModel, load: Load, joint: bool):
+    def __init__(self, base: PreTrainedModel, load: Load, joint: bool, config: Any = None):
         from loramux.train import Trainer
         from loramux.train.joint import JointTrainer
 
         jobs = make_jobs(load, base.config.vocab_size)
-        config = loramux.LoraConfig(r=RANK, lora_alpha=2 * RANK)
+        config = config or loramux.LoraConfig(r=RANK, lora_alpha=2 * RANK)
         self.handle = loramux.attach(base, config, name=jobs[0].name)
         for job in jobs[1:]:
             self.handle.add(config, name=job.name)
@@ -92,6 +99,10 @@ class Rounds:
         self.trainer.round += 1
         self.trainer.take_round()
 
+    def close(self) -> None:
+        """The model as it was."""
+        self._open.close()
+
     def __call__(self) -> float:
         return cpu_seconds(self.step)
 
@@ -99,10 +110,10 @@ class Rounds:
 class Peft:
     """One PEFT model, one AdamW, and every job's rows in turn; `at_once`: all of them in one batch."""
 
-    def __init__(self, base: PreTrainedModel, load: Load, at_once: bool = False):
+    def __init__(self, base: PreTrainedModel, load: Load, at_once: bool = False, rank: int = RANK):
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         self.model: Any = get_peft_model(base, config).train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -129,23 +140,63 @@ def _batch(job: Job, load: Load) -> dict[str, torch.Tensor]:
     return {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
 
 
+def make_subject(name: str, load: Load, shape: Shape, folder: str | None) -> Measure:
+    """What is timed, over a base of its own; in a process of its own nothing else says how many threads."""
+    torch.set_num_threads(1)
+    base = build_base(shape, folder)
+    makers: Mapping[str, Callable[[], Measure]] = {
+        JOINT: lambda: Rounds(base, load, joint=True),
+        TURNS: lambda: Rounds(base, load, joint=False),
+        PEFT: lambda: Peft(base, load),
+        MIXLORA: lambda: Rounds(base, load, joint=False, config=_mixlora()),
+        LORA_16: lambda: Rounds(base, load, joint=False, config=_lora(ACTIVE_RANK)),
+        PEFT_16: lambda: Peft(base, load, rank=ACTIVE_RANK),
+    }
+    return makers[name]()
+
+
+def _lora(rank: int) -> loramux.LoraConfig:
+    return loramux.LoraConfig(r=rank, lora_alpha=2 * rank)
+
+
+def _mixlora() -> loramux.MixLoRAConfig:
+    return loramux.MixLoRAConfig(r=RANK, lora_alpha=2 * RANK, num_experts=8, top_k=2)
+
+
 def measure(effort: Effort, folder: str | None, begin: Begin) -> Measured:
-    """Rows for all loads; times are CPU time of paired rounds."""
+    """Rows for all loads; times are CPU time of paired rounds, every subject in its own process."""
+    from loramux.bench.joint_memory import memory_rows
+    from loramux.bench.joint_overhead import overhead_rows
+
+    loads = SMALL_LOADS if effort.is_quick else LOADS
     found = Measured()
-    base = build_base(effort.shape, folder)
-    for load in SMALL_LOADS if effort.is_quick else LOADS:
-        subjects: dict[str, Measure] = {
-            JOINT: Rounds(copy_of(base), load, joint=True),
-            TURNS: Rounds(copy_of(base), load, joint=False),
-            PEFT: Peft(copy_of(base), load),
-        }
-        advance = begin(load.title, (effort.train_rounds + 1) * len(subjects))
-        seconds = interleave(subjects, effort.train_rounds, done=advance)
-        titles = {name: f"{load.title}, {name}" for name in subjects}
-        wanted = (
-            Compared("jobs", JOINT, PEFT, load.target, adapters=load.jobs),
-            Compared("jobs", TURNS, PEFT, adapters=load.jobs),
-            Compared("jobs", JOINT, TURNS, adapters=load.jobs),
-        )
-        found.rows += compare(seconds, titles, wanted, batch=load.jobs * load.rows, per_call=1)
+    for load in loads:
+        found.rows += _speed_rows(load, effort, folder, begin)
+    found.rows += memory_rows(loads[0], effort, folder, begin)
+    found.rows += overhead_rows(loads[0], effort, folder, begin)
     return found
+
+
+def _speed_rows(load: Load, effort: Effort, folder: str | None, begin: Begin) -> list[Row]:
+    several, one = (JOINT, TURNS, PEFT), (JOINT, PEFT, MIXLORA, LORA_16, PEFT_16)
+    names = several if load.jobs > 1 else one
+    with ExitStack() as stack:
+        subjects: dict[str, Measure] = {}
+        for name in names:
+            given = (name, load, effort.shape, folder)
+            subjects[name] = (
+                make_subject(*given)
+                if effort.is_quick
+                else stack.enter_context(Apart(make_subject, *given))
+            )
+        advance = begin(load.title, (effort.joint_rounds + 1) * len(subjects))
+        seconds = interleave(subjects, effort.joint_rounds, done=advance)
+    titles = {name: f"{load.title}, {name}" for name in subjects}
+    wanted = (
+        Compared("jobs", JOINT, PEFT, load.target, adapters=load.jobs),
+        Compared("jobs", TURNS, PEFT, adapters=load.jobs),
+        Compared("jobs", JOINT, TURNS, adapters=load.jobs),
+        Compared("jobs", MIXLORA, LORA_16, "mixlora job/lora"),
+        Compared("jobs", MIXLORA, PEFT_16, "mixlora job/lora"),
+    )
+    return compare(seconds, titles, wanted, batch=load.jobs * load.rows, per_call=1)

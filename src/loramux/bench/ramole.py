@@ -45,6 +45,7 @@ class Plan:
     samples: int = 60
     learning_rate: float = 3e-3
     lexical: bool = False
+    normalise_keys: bool = False
 
     @property
     def tasks(self) -> list[str]:
@@ -75,7 +76,11 @@ def train(plan: Plan, seed: int) -> Path:
         {
             "base": plan.base,
             "seed": seed,
-            "method": {"name": "ramole", "adapters": [plan.folder(task) for task in tasks]},
+            "method": {
+                "name": "ramole",
+                "adapters": [plan.folder(task) for task in tasks],
+                "normalise_keys": plan.normalise_keys,
+            },
             "data": {
                 "train": [
                     {"path": str(plan.data / task / "train.jsonl"), "rows": plan.samples}
@@ -139,7 +144,10 @@ class Pool:
 
         loaded = load_model(plan.base, threads=1)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        config = loramux.RAMoLEConfig(adapters=tuple(plan.folder(task) for task in plan.tasks))
+        config = loramux.RAMoLEConfig(
+            adapters=tuple(plan.folder(task) for task in plan.tasks),
+            normalise_keys=plan.normalise_keys,
+        )
         self.handle = loramux.attach(self.model, config, name="pool")
         self.adapter = self.handle.adapters["pool"]
         self.adapter.set_trainable(False)
@@ -285,6 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=25, help="test rows of each task")
     parser.add_argument("--samples", type=int, default=60, help="training rows of each task")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--normalise-keys", action="store_true", help="compare adapters by direction, not size"
+    )
     parser.add_argument("--lexical", action="store_true", help="retrieve by words alone")
     plan = Plan(**vars(parser.parse_args(arguments)))
     if len(plan.tasks) < TOP + 1:

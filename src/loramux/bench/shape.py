@@ -74,6 +74,9 @@ class Effort:
     streams: int = 8
     score_rounds: int = 5
     score_layers: tuple[int, ...] = (12,)
+    joint_rounds: int = 7
+    joint_runs: int = 1
+    joint_steps: int = 24
 
     def at_most(self, rounds: int) -> Effort:
         """The same with no more than so many rounds of anything. Raises ValueError below 3: no interval comes of it."""
@@ -101,6 +104,8 @@ QUICK = Effort(
     slot_rounds=6,
     residency=(1, 8, 32),
     score_rounds=3,
+    joint_rounds=3,
+    joint_steps=3,
     serve_rounds=2,
     open_rounds=1,
     serve_requests=12,

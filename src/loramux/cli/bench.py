@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from loramux.cli.output import STDOUT, JsonOption, emit, only_json, table
+from loramux.errors import LoramuxError
 
 
 class What(StrEnum):
@@ -23,6 +24,7 @@ class What(StrEnum):
     train = "train"
     methods = "methods"
     score = "score"
+    schedule = "schedule"
 
 
 class Part(StrEnum):
@@ -54,6 +56,12 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=3, metavar="N", help="At most so many paired rounds.")
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="FILE", help="Of a joint run (schedule); else shipped ones."
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Time variants against references; ratios are medians of paired rounds.
@@ -62,7 +70,7 @@ def bench(
     adapters in one batch. load: adapters from disk and from memory. residency: with up to 1,000 adapters at hand.
     serve: traffic, with latencies. train: training steps and memory, and jobs trained together. methods: training
     steps of every mixture against a LoRA of equal active rank. score: ablation scores of ranks against the plain
-    double loop.
+    double loop. schedule: schedulers of joint training, played on traces of real runs; rounds are seeds.
     What is not installed is named and left out.
 
     With --json FILE a picture, FILE with the ending .png, is written beside it.
@@ -73,7 +81,14 @@ def bench(
         from loramux.bench.run import bench as run
 
         half = None if part is None else part.value
-        result = run(what.value, quick, base=base, part=half, rounds=rounds)
+        if what is What.schedule:
+            from loramux.bench.schedule import bench_schedule
+
+            result = bench_schedule(trace, quick, rounds)
+        else:
+            if trace is not None:
+                raise LoramuxError("--trace is for loramux bench schedule; leave it out")
+            result = run(what.value, quick, base=base, part=half, rounds=rounds)
     emit(result, json, _show)
     if json is not None and json != STDOUT:
         from loramux.bench.plot import save_chart
@@ -82,6 +97,9 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
+    if result["bench"] == "schedule":
+        _show_schedule(result["details"])
+        return
     rows = [
         [
             *(row.get(key) for key in ("what", "batch", "variant", "reference", "ms", "ratio")),
@@ -94,6 +112,23 @@ def _show(result: dict[str, Any]) -> None:
     table("time(variant) / time(reference)", COLUMNS, rows)
     for name, why in result.get("absent", {}).items():
         print(f"not measured: {name}: {why}")
+
+
+def _show_schedule(details: dict[str, Any]) -> None:
+    """Medians over the seeds with their 95 % intervals, and what the times rest on."""
+    rows = [
+        [name, *(f"{each[0]:.3g} ({each[1]:.3g} - {each[2]:.3g})" for each in found.values())]
+        for name, found in details["figures"].items()
+    ]
+    columns = ("scheduler", "makespan s", "turnaround s", "95 % s", "high priority s", "padding")
+    table("Jobs by scheduler", (*columns, "tokens/s"), rows)
+    tokens = details["round_tokens"]
+    print("tokens of a round: " + ", ".join(f"{name} {count}" for name, count in tokens.items()))
+    for one in details["predicted"]:
+        print(
+            f"{one['trace']}: {one['predicted_s']} s predicted, {one['measured_s']} s measured "
+            f"({one['error']:+.1%}), costs fitted to {', '.join(one['fitted_to'])}"
+        )
 
 
 def _target(row: dict[str, Any]) -> str:

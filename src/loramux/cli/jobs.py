@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_
 import os
-import socket
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from loramux.cli.jobs_read import ask, describe, history_rows, standing
 from loramux.cli.output import JsonOption, emit, table
 from loramux.errors import LoramuxError
 
@@ -22,14 +21,18 @@ COLUMNS = (
     "loss",
     "tokens_per_second",
     "share",
+    "memory",
     "left_s",
     "reason",
 )
-TIMEOUT_SECONDS = 40.0
+LOG_ROWS = 20
+NUMBERED = {"priority": "its new priority", "logs": "how many rows of its history"}
 
 
 class Action(StrEnum):
     list = "list"
+    show = "show"
+    logs = "logs"
     add = "add"
     pause = "pause"
     resume = "resume"
@@ -43,7 +46,12 @@ def jobs(
     what: Annotated[
         str | None, typer.Argument(metavar="JOB", help="A job; for add, the file of a new one.")
     ] = None,
-    value: Annotated[int | None, typer.Argument(metavar="N", help="The new priority.")] = None,
+    value: Annotated[
+        int | None, typer.Argument(metavar="N", help="The new priority; rows of logs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Draw the table anew until the run ends.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """See and steer the jobs that `loramux train` trains together.
@@ -51,21 +59,42 @@ def jobs(
     Example: loramux jobs runs/many pause boolq
     """
     if action is Action.list:
-        emit({"jobs": _listed(run)}, json, _show)
+        if watch:
+            _watch(run)
+        emit(standing(run), json, _show_all)
         return
+    if watch:
+        raise LoramuxError("--watch goes with the list of jobs; leave out what stands behind RUN")
     if what is None:
         raise LoramuxError(
             f"loramux jobs {run} {action.value}: name a {'file' if action is Action.add else 'job'}"
         )
-    if action is Action.add:
-        result = {"queued": str(enqueue(run, Path(what)))}
-    else:
-        if (action is Action.priority) != (value is not None):
-            raise LoramuxError(
-                "a number behind the job is its new priority; priority needs one, nothing else takes one"
+    if value is not None and action.value not in NUMBERED:
+        raise LoramuxError(
+            f"{action.value} takes no number; behind a job, "
+            + " and ".join(f"{verb} takes {meaning}" for verb, meaning in NUMBERED.items())
+        )
+    if action is Action.show:
+        emit(describe(run, what), json, _show_one)
+    elif action is Action.logs:
+        rows = history_rows(run, what)
+        emit(
+            {"job": what, "history": rows},
+            json,
+            lambda _: _show_history(what, rows, value or LOG_ROWS),
+        )
+    elif action is Action.add:
+        result: dict[str, Any] = {"queued": str(enqueue(run, Path(what)))}
+        if not _is_running(run):
+            result["note"] = (
+                f"{what} waits in the queue; nobody trains in {run} now: go on with the command that started it"
             )
+        emit(result, json, lambda _: print(result.get("note") or f"add {what}: done"))
+    else:
+        if action is Action.priority and value is None:
+            raise LoramuxError("priority needs a number behind the job: its new priority")
         result = ask(run, {"do": action.value, "job": what, "value": value})
-    emit(result, json, lambda _: print(result.get("note") or f"{action.value} {what}: done"))
+        emit(result, json, lambda _: print(result.get("note") or f"{action.value} {what}: done"))
 
 
 def enqueue(run: Path, file: Path) -> Path:
@@ -88,66 +117,65 @@ def enqueue(run: Path, file: Path) -> Path:
     return target
 
 
-def ask(run: Path, request: dict[str, Any]) -> dict[str, Any]:
-    """One request to the socket of a running run."""
-    try:
-        address = (run / "control" / "address").read_text(encoding="utf-8")
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(TIMEOUT_SECONDS)
-            connection.connect(address)
-            connection.sendall(json_.dumps(request).encode() + b"\n")
-            answer: dict[str, Any] = json_.loads(connection.makefile("rb").readline())
-    except (OSError, ValueError):
-        raise LoramuxError(
-            f"nobody trains in {run} now, so there is nobody to ask; start or resume it with loramux train"
-        ) from None
-    if not answer.get("ok"):
-        raise LoramuxError(str(answer.get("error")))
-    return answer
+def _is_running(run: Path) -> bool:
+    from loramux.cli.jobs_read import is_running
+
+    return is_running(run)
 
 
-def _listed(run: Path) -> list[dict[str, Any]]:
-    """From the run itself, or from its last state where it does not run."""
-    if (run / "control" / "address").exists():
-        try:
-            found: list[dict[str, Any]] = ask(run, {"do": "list"})["jobs"]
-            return found
-        except LoramuxError:
-            pass  # killed, its folder left behind
-    folder = run / "checkpoints"
-    states = sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
-    if not states:
-        raise LoramuxError(
-            f"{run} holds no joint run; one is started with `joint: true` in a recipe"
-        )
-    saved = json_.loads((states[-1] / "run.json").read_text(encoding="utf-8"))
-    rows = [row for row in saved["jobs"] if "identity" in row]
-    if not rows:
-        raise LoramuxError(f"{run} is a run by turns; its jobs are in result.json when it ends")
-    return [_row(row) for row in rows]
+def _watch(run: Path) -> None:
+    """Draw the table until the run ends; where there is no terminal a line now and then."""
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from loramux.train.joint.live import PER_SECOND, jobs_table, totals_line
+
+    console = Console(stderr=True)
+    found = standing(run)
+
+    def drawn() -> Any:
+        return jobs_table(found["jobs"], found["run"], console.height)
+
+    if not console.is_terminal:
+        while _is_running(run):
+            console.print(totals_line(standing(run)["run"]), markup=False, highlight=False)
+            time.sleep(10)
+        return
+    with Live(drawn(), console=console, auto_refresh=False, transient=True) as live:
+        while _is_running(run):
+            found = standing(run)
+            live.update(drawn(), refresh=True)
+            time.sleep(1 / PER_SECOND)
 
 
-def _row(saved: dict[str, Any]) -> dict[str, Any]:
-    result, state = saved["result"], saved["state"]
-    if result is not None:
-        return {
-            "job": saved["name"],
-            "status": result["status"],
-            "step": result["steps"],
-            "steps": result["num_steps"],
-            "loss": result["train_loss"],
-            "tokens_per_second": round(result["tokens_per_second"], 1),
-            "reason": result["reason"],
-        }
-    losses = [entry["loss"] for entry in state["history"][-1:] if entry.get("loss") is not None]
-    return {
-        "job": saved["name"],
-        "status": "paused" if saved["is_paused"] else "stopped",
-        "step": state["step"],
-        "loss": losses[0] if losses else None,
-    }
-
-
-def _show(result: dict[str, Any]) -> None:
+def _show_all(result: dict[str, Any]) -> None:
     rows = result["jobs"]
     table("Jobs", COLUMNS, [[row.get(key) for key in COLUMNS] for row in rows])
+    run = result["run"]
+    counts = ", ".join(f"{count} {status}" for status, count in run["jobs"].items())
+    print(
+        f"{counts}; round {run['round']}{'' if run['is_running'] else '; nobody trains here now'}"
+    )
+
+
+def _show_one(result: dict[str, Any]) -> None:
+    for key, value in result["job"].items():
+        print(f"{key:>18}  {'-' if value in (None, '') else value}")
+    for event in result["events"]:
+        print(f"{'round ' + str(event['round']):>18}  {event['what']}")
+
+
+def _show_history(job: str, rows: list[dict[str, Any]], most: int) -> None:
+    if not rows:
+        print(f"{job} has no history yet")
+        return
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    shown = rows[-most:]
+    cells = [[_short(row.get(key)) for key in keys] for row in shown]
+    table(f"{job}: the last {len(shown)} of {len(rows)} rows", keys, cells)
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.4g}" if isinstance(value, float) else value

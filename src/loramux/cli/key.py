@@ -1,10 +1,11 @@
-"""`loramux key`: API keys of tenants. A secret is shown once, when it is made."""
+"""`loramux key`: API keys of tenants, whose secrets are shown once; and the server's own key for signing receipts."""
 
 from __future__ import annotations
 
 import os
 import re
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -108,6 +109,57 @@ def revoke(
     emit(
         revoked.to_dict(), json, lambda found: print(f"revoked {found['id']} of {found['tenant']}")
     )
+
+
+@app.command("rotate-signing")
+def rotate_signing(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="The server's YAML, where it has one."),
+    ] = None,
+    root: RootOption = None,
+    url: UrlOption = None,
+    actor: ActorOption = OPERATOR,
+    json: JsonOption = None,
+) -> None:
+    """Make a new key for signing receipts; receipts of the old key can still be verified. Then restart the server.
+
+    Example: loramux key rotate-signing --config serve.yaml
+    """
+    from loramux.server.signing import Signer
+
+    if config is not None and (root is not None or url is not None):
+        raise LoramuxError("--config names the registry; leave --root and --url out")
+    folder, root, url = _signing(config, root, url)
+    with only_json(json):
+        made = Signer.rotate(folder)
+        with tenancy(root, url) as books:
+            books.audit.append(actor, "signing_key.rotate", made.key_id)
+    found = {"key": made.key_id, "keys": made.public.ids, "folder": str(folder)}
+    emit(found, json, _show_signing)
+
+
+def _signing(
+    config: Path | None, root: Path | None, url: str | None
+) -> tuple[Path, Path | None, str | None]:
+    """(folder of the signing key, root and URL of the database that has the audit log)."""
+    from loramux.registry.store import default_root
+    from loramux.server.observe import RECEIPTS
+
+    if config is None:
+        return (root or default_root()) / "server" / RECEIPTS, root, url
+    from loramux.server.build import data_folder
+    from loramux.server.config import load_config
+
+    told = load_config(config)
+    where = told.registry
+    own = None if where.root is None else Path(where.root)
+    return data_folder(told) / RECEIPTS, own, told.tenants.url or where.url
+
+
+def _show_signing(found: dict[str, Any]) -> None:
+    print(f"receipts will be signed with key {found['key']} once the server has started again")
+    print(f"{len(found['keys'])} public keys verify: {', '.join(found['keys'])}")
 
 
 def seconds(option: str, text: str) -> float:

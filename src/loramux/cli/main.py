@@ -46,6 +46,8 @@ DEBUG_ENV = "LORAMUX_DEBUG"
 # of --data and a recipe or suite ends the words of --only: they are arguments of the verb.
 MANY = {
     "--data": re.compile(r"[^-]"),
+    "--adapters": re.compile(r"[^-]"),
+    "--tasks": re.compile(r"[^-]"),
     "--set": re.compile(r"[\w.-]+="),
     "--only": re.compile(r"(?!.*\.ya?ml$)[^-]"),
     "--weights": re.compile(r"-?\d*\.?\d+(e[+-]?\d+)?$"),

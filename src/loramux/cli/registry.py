@@ -109,6 +109,7 @@ def push(
     """
     from loramux.fetch import resolve_base
     from loramux.registry.checks import base_shape, check_upload, from_archive, from_folder
+    from loramux.retrieval.unfound import samples_note
 
     described = dict(_pair(text) for text in meta or [])
     texts = None if samples is None else _texts(samples)
@@ -129,9 +130,14 @@ def push(
                 samples=texts,
                 actor=actor,
             )
+        notes = list(checked.notes)
         if described and described != version.metadata:
-            print(f"note: {version.ref} was there already and keeps its metadata", file=sys.stderr)
-    emit(version.as_dict(), json, _show_version)
+            notes.append(f"{version.ref} was there already and keeps its metadata")
+        unfound = samples_note(registry, version)
+        notes += [] if unfound is None else [unfound]
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    emit({**version.as_dict(), "notes": notes}, json, _show_version)
 
 
 @app.command("pull")

@@ -51,20 +51,15 @@ def _run(config: ServerConfig) -> None:
 
     from loramux.server.app import create_app
     from loramux.server.build import build_services
+    from loramux.server.listening import uvicorn_config
 
     # Before the base is read, which takes longest: a port that is taken is told at once.
     with _bound(config.host, config.port) as listener:
         app = create_app(config, build_services(config))
         for line in notice(config, listener.getsockname()[1]):
             print(line, flush=True)
-        settings = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,  # paths of adapters are not for every log
-            server_header=False,
-            timeout_graceful_shutdown=GRACE_S,
-            limit_concurrency=config.limits.max_connections,
-            h11_max_incomplete_event_size=64 * 1024,
+        settings = uvicorn_config(
+            app, config.limits, log_level="warning", timeout_graceful_shutdown=GRACE_S
         )
         server = uvicorn.Server(settings)
         # What is there now stays: a full collection would walk through all of it, a pause of a tenth of a second.

@@ -29,6 +29,13 @@ def train(
         bool,
         typer.Option("--joint", help="Train the jobs together, in shared calls of the base."),
     ] = False,
+    shard_base: Annotated[
+        bool,
+        typer.Option(
+            "--shard-base",
+            help="Under torchrun: every process holds a part of the base (FSDP2).",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, print it in full and stop.")
     ] = False,
@@ -51,10 +58,12 @@ def train(
     if out is None:
         raise RecipeError("--out DIR is missing; name the folder that the run is written to")
     with only_json(json):
+        from loramux.train.parallel import is_first_process
         from loramux.train.run import train_recipe
 
-        result = train_recipe(checked, out, resume=resume, progress=True)
-    emit(result, json, _show)
+        result = train_recipe(checked, out, resume=resume, progress=True, shard_base=shard_base)
+    if is_first_process():
+        emit(result, json, _show)
 
 
 def _show_resolved(recipe: Any, json: str | None) -> None:
@@ -71,6 +80,9 @@ def _show_resolved(recipe: Any, json: str | None) -> None:
 def _show(result: dict[str, Any]) -> None:
     jobs = result.get("jobs") or [result]
     table("Trained", COLUMNS, [[job.get(key) for key in COLUMNS] for job in jobs])
+    for job in jobs:
+        if job.get("reason"):
+            print(f"{job['name']}: {job['status']}, {job['reason']}")
     for job in jobs:
         if job.get("adapter"):
             print(job["adapter"])

@@ -78,8 +78,9 @@ def run(
     if wants_replay and (base is None or prompt is None or root is None):
         raise LoramuxError("--replay needs --base, --prompt and --registry")
     receipt = parse(_read(given))
-    verify_signature(receipt, _keys(server_key, root))
-    checks = [Check("signature", True, f"key {receipt.body['key']}")]
+    keys = _keys(server_key, root)
+    verify_signature(receipt, keys)
+    checks = [Check("signature", True, keys.describe(str(receipt.body["key"])))]
     if root is not None:
         checks += _with_registry(root, lambda registry: check_registry(receipt, registry))
     if wants_replay:

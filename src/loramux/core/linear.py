@@ -21,6 +21,8 @@ from loramux.ops.contract import Pairs, RowMap
 from loramux.ops.cpu_bound import Bound, bind
 from loramux.ops.cpu_structs import SiteState
 from loramux.ops.rows import fold_rows, to_rows
+from loramux.ops.segments import Segment
+from loramux.ops.segments import linear as segmented
 
 if TYPE_CHECKING:
     from loramux.core.dispatch import Dispatch
@@ -87,6 +89,8 @@ class LoraLinear(nn.Module):
             y = self._fused(rows_in, plan)
             plan.bound = self._bind(plan, tuple(x.shape)) if plan.is_used else None
             plan.is_used = True
+        elif (own := self._segment(rows_in, plan)) is not None:
+            y = segmented(rows_in, self.weight, self.bias, (own,))
         else:
             y = self.add_parts(self._base(rows_in, plan.row_map), rows_in, plan)
         y = self._with_bias(y, plan)
@@ -112,6 +116,28 @@ class LoraLinear(nn.Module):
         for part in plan.parts:
             y, base = self._add(y, x, part, base), None
         return y
+
+    def _segment(self, x: Tensor, plan: Plan) -> Segment | None:
+        """What trains here, if it is one LoRA that acts in full on every row: base and LoRA are one autograd node."""
+        if plan.backend != "reference" or plan.row_map is not None or len(plan.parts) != 1:
+            return None
+        (part,) = plan.parts
+        rows, pairs = part.rows, part.pairs
+        if pairs is None or part.late is not None or part.dropout > 0:
+            return None
+        if type(rows) is not Rows or rows.magnitude is not None or not rows.a.requires_grad:
+            return None
+        if self.path in self.dispatch.unfused or torch.is_autocast_enabled(x.device.type):
+            return None
+        if not torch.is_grad_enabled() or any(
+            p.requires_grad for p in self.base_layer.parameters()
+        ):
+            return None
+        found = reference.plan_for(rows.spans, pairs, x.dtype)
+        is_whole = found.start == 0 and found.stop == rows.a.shape[0] > 0
+        if not is_whole or not (found.mask is found.src is found.dst is None):
+            return None
+        return Segment(x.shape[0], rows.a, rows.b, found.scale)
 
     def _base(self, x: Tensor, row_map: RowMap | None) -> Tensor:
         """The frozen linear on tokens: an `enter` site copies its output to rows, an `exit` folds them first."""

@@ -53,6 +53,10 @@ class Router(nn.Module):
     needs_prompt: ClassVar[bool] = (
         True  # of `prompt` routers: one that looks at tasks needs no token
     )
+    # The attribute that `observed` counts tokens in (a tensor of whole numbers or None), where that decides what the
+    # router does next; is_summed: it adds it up over data-parallel processes by itself, as the loops of others need.
+    counted: ClassVar[str | None] = None
+    is_summed: bool = True
 
     def forward(self, view: RouteView, incoming: Route) -> Route:
         raise NotImplementedError("a router must define forward(view, incoming)")

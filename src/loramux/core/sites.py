@@ -130,6 +130,11 @@ def _layer_list(model: nn.Module) -> str:
     return f"{path}." if path else ""
 
 
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return list(model.get_submodule(_layer_list(model).removesuffix(".")).children())
+
+
 def _decoder_path(model: nn.Module) -> str:
     """Path prefix of the text decoder, where the model says which part it is; else nothing."""
     find = getattr(model, "get_decoder", None)

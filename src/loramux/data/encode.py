@@ -64,7 +64,7 @@ def encode_row(
     prompt, answer = _texts(row, kind, template, where)
     ids = encode_prompt(tokenizer, prompt)
     tail = [*encode_answer(tokenizer, answer), end_token(tokenizer)]
-    return _fit(ids, tail, tokenizer.bos_token_id, sequence_len, where)
+    return fit(ids, tail, tokenizer.bos_token_id, sequence_len, where)
 
 
 def row_format(row: Mapping[str, Any], template: Template, where: str) -> str:
@@ -134,7 +134,7 @@ def _chat(
         ids, mask = encode_chat(tokenizer, kept, where)
     start = mask.index(True)
     head, tail = ids[:start], ids[start:]
-    ids, fitted, _ = _fit(head, tail, tokenizer.bos_token_id, sequence_len, where)
+    ids, fitted, _ = fit(head, tail, tokenizer.bos_token_id, sequence_len, where)
     return ids, fitted[: len(ids) - len(tail)] + mask[start:], was_cut
 
 
@@ -147,9 +147,10 @@ def _without_oldest(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, 
     return system + list(messages[users[1] :])
 
 
-def _fit(
+def fit(
     prompt: list[int], answer: list[int], bos: int | None, sequence_len: int, where: str
 ) -> tuple[list[int], list[bool], bool]:
+    """(ids of both, supervised, whether the prompt was cut): a prompt that is too long loses tokens on its left."""
     if not prompt:
         raise DataError(f"{where}: the prompt has no tokens")
     room = sequence_len - len(answer)

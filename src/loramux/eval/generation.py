@@ -36,12 +36,14 @@ def greedy(
     max_new_tokens: int,
     first_line_only: bool = False,
     tasks: Sequence[str | None] | None = None,
+    adapters: Sequence[str | None] | None = None,
     **options: Any,
 ) -> list[list[int]]:
     """New token ids for every prompt of one left-padded batch, cut before the end token.
 
     `first_line_only` lets a row stop as soon as its first line is complete. `tasks`, one per prompt, reach routers
-    that go by tasks. `options` go to `model.generate`; without them the continuation is greedy.
+    that go by tasks; `adapters` are names on the model's handle, None the base; without them the one in use. `options`
+    go to `model.generate`; without them the continuation is greedy.
     """
     import torch
     from transformers import StoppingCriteriaList
@@ -60,7 +62,11 @@ def greedy(
     )
     options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options
     handle = handle_of(model)
-    known = nullcontext() if handle is None or tasks is None else handle.batch(tasks=tasks)
+    known = (
+        nullcontext()
+        if handle is None or (tasks is None and adapters is None)
+        else handle.batch(adapters=adapters, tasks=tasks)
+    )
     with torch.inference_mode(), known:
         out = model.generate(
             input_ids=ids,

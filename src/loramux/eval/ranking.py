@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,15 +97,19 @@ def choice_scores(
     *,
     layout: Layout | None = None,
     pad_token_id: int = 0,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[ChoiceScores]:
-    """Scores of one batch: all rows given here go through the model at once."""
+    """Scores of one batch: all rows given here go through the model at once.
+
+    adapters: that of each row, by its name on the model's handle, None for the base; without it the one in use.
+    """
     import torch
 
     if layout is None:
         layout = best_layout(model, max(row.max_position for row in rows))
     build = {"tree": _tree_batch, "rows": _rows_batch}[layout]
     with torch.inference_mode():
-        results = _score(model, build(model, rows, pad_token_id))
+        results = _score(model, build(model, rows, pad_token_id), adapters)
     return [
         ChoiceScores(row, tuple(sums), tuple(greedy))
         for row, (sums, greedy) in zip(rows, results, strict=True)
@@ -211,7 +216,9 @@ def _rows_batch(model: Any, rows: Sequence[ChoiceRow], pad_token_id: int) -> _Ba
     return batch
 
 
-def _score(model: Any, batch: _Batch) -> list[tuple[list[float], list[bool]]]:
+def _score(
+    model: Any, batch: _Batch, adapters: Sequence[str | None] | None = None
+) -> list[tuple[list[float], list[bool]]]:
     """One forward pass, then log-probabilities added up and argmaxes compared per choice."""
     import torch
 
@@ -225,7 +232,8 @@ def _score(model: Any, batch: _Batch) -> list[tuple[list[float], list[bool]]]:
     if handle_of(model) is not None:
         inputs["prompt_mask"] = batch.prompt_mask.to(device)
         inputs["tasks"] = batch.tasks
-    logits_BUV = model(**inputs, use_cache=False, logits_to_keep=columns_U.to(device)).logits
+    with _requests_of(model, batch, adapters):
+        logits_BUV = model(**inputs, use_cache=False, logits_to_keep=columns_U.to(device)).logits
     # Choices share the prediction after the question, so every distinct place is normalised once.
     pairs = torch.stack((where[:, 0], kept), 1)
     places, place = pairs.unique(dim=0, return_inverse=True)
@@ -240,3 +248,20 @@ def _score(model: Any, batch: _Batch) -> list[tuple[list[float], list[bool]]]:
         results[b][0][c] += value
         results[b][1][c] &= is_first
     return results
+
+
+def _requests_of(
+    model: Any, batch: _Batch, adapters: Sequence[str | None] | None
+) -> AbstractContextManager[None]:
+    """Inside, every row of the call runs the adapter of its question."""
+    from loramux.core.attach import handle_of
+
+    if adapters is None:
+        return nullcontext()
+    handle = handle_of(model)
+    if len(batch.tasks) == len(adapters):
+        return handle.batch(adapters=adapters)  # type: ignore[no-any-return]
+    named = [
+        name for name, count in zip(adapters, batch.num_choices, strict=True) for _ in range(count)
+    ]
+    return handle.batch(adapters=named)  # type: ignore[no-any-return]

@@ -115,7 +115,7 @@ def evaluate_model(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     results: list[Result] = []
     total = sum(len(rows) for rows in rows_by_task.values())
-    with _eval_mode(model), rows_bar(progress, title, total) as step:
+    with eval_mode(model), rows_bar(progress, title, total) as step:
         for task, rows in rows_by_task.items():
             measure = _rank if rows[0].choices else _generate
             scores = measure(model, tokenizer, rows, template, wanted[task], batch_size, step(task))
@@ -184,22 +184,43 @@ def _rank(
     batch_size: int,
     advance: Advance,
 ) -> dict[str, Score]:
+    found = hits(model, tokenizer, rows, template, metrics, batch_size, advance)
+    return {metric: (*mean_and_error(values), values) for metric, values in found.items()}
+
+
+def hits(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TaskRow],
+    template: Template,
+    metrics: Sequence[str],
+    batch_size: int,
+    advance: Advance,
+    adapters: Sequence[str | None] | None = None,
+) -> dict[str, list[float]]:
+    """1.0 for every row whose right choice is ranked first, else 0.0, by metric. adapters: each row's, by name."""
     from loramux.eval.encode import encode_choices
     from loramux.eval.generation import pad_token
     from loramux.eval.ranking import choice_scores
 
-    coded = [encode_choices(row, tokenizer, template) for row in rows]
+    known = {id(row): encode_choices(row, tokenizer, template) for row in rows}
+    coded = [known[id(row)] for row in rows]
     check_length(model, {row.id: c.max_position for row, c in zip(rows, coded, strict=True)})
     pad = pad_token(tokenizer)
-    hits: dict[str, list[float]] = {metric: [0.0] * len(rows) for metric in metrics}
+    found: dict[str, list[float]] = {metric: [0.0] * len(rows) for metric in metrics}
     for part in _batches([row.num_tokens for row in coded], batch_size):
-        scored = choice_scores(model, [coded[i] for i in part], pad_token_id=pad)
+        scored = choice_scores(
+            model,
+            [coded[i] for i in part],
+            pad_token_id=pad,
+            adapters=None if adapters is None else [adapters[i] for i in part],
+        )
         for i, scores in zip(part, scored, strict=True):
             right = (rows[i].choices or ()).index(rows[i].answer)
             for metric in metrics:
-                hits[metric][i] = float(scores.best(metric) == right)
+                found[metric][i] = float(scores.best(metric) == right)
         advance(len(part))
-    return {metric: (*mean_and_error(values), values) for metric, values in hits.items()}
+    return found
 
 
 def _generate(
@@ -211,9 +232,16 @@ def _generate(
     batch_size: int,
     advance: Advance,
 ) -> dict[str, Score]:
+    texts = answers(model, tokenizer, rows, template, metrics, batch_size, advance)
+    return judge(texts, rows, metrics)
+
+
+def judge(
+    texts: Sequence[str], rows: Sequence[TaskRow], metrics: Sequence[str]
+) -> dict[str, Score]:
+    """Scores of generated answers."""
     from loramux.eval.generation import bleu, first_line, matches
 
-    texts = answers(model, tokenizer, rows, template, metrics, batch_size, advance)
     scores: dict[str, Score] = {}
     for metric in metrics:
         if metric == "bleu":
@@ -233,8 +261,9 @@ def answers(
     metrics: Sequence[str] = ("exact_match",),
     batch_size: int = 16,
     advance: Advance = lambda _: None,
+    adapters: Sequence[str | None] | None = None,
 ) -> list[str]:
-    """Greedy answers to the questions, one per row; only their first lines are complete."""
+    """Greedy answers to the questions, one per row; only their first lines are complete. adapters: as for `hits`."""
     from loramux.data.encode import encode_answer
     from loramux.eval.encode import continuation, encode_question
     from loramux.eval.generation import greedy
@@ -253,6 +282,7 @@ def answers(
             max_new_tokens=new_tokens,
             first_line_only=True,
             tasks=[rows[i].task for i in part],
+            adapters=None if adapters is None else [adapters[i] for i in part],
         )
         for i, tokens in zip(part, made, strict=True):
             texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
@@ -281,7 +311,7 @@ def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
+def eval_mode(model: Any) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -68,6 +68,17 @@ def base_digest(folder: str | os.PathLike[str]) -> str:
     return hashlib.sha256(canonical_json({"config": kept, "tensors": tensors})).hexdigest()
 
 
+def folder_digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 hex over the names and bytes of all files of a folder of any kind; reads them all."""
+    folder = Path(folder)
+    state = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix().encode()
+        state.update(len(name).to_bytes(8, "big") + name)
+        state.update(hashlib.sha256(path.read_bytes()).digest())
+    return state.hexdigest()
+
+
 def model_digest(model: nn.Module | Mapping[str, Tensor], exclude: Iterable[str] = ()) -> str:
     """`model:` and SHA-256 hex over the state of a model that has no folder; reads every weight.
 

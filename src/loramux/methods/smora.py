@@ -95,6 +95,7 @@ class RankRouter(Router):
 
     scope: ClassVar[Literal["layer", "block", "site"]] = "site"
     when = "token"
+    counted = "counts"
     bias: Tensor
 
     def __init__(self, config: SMoRAConfig, d_in: int, num_units: int):
@@ -166,7 +167,8 @@ class RankRouter(Router):
         """b += u sign(mean(count) - count), and count anew; nothing where no token was counted."""
         if self.counts is None:
             return
-        own_U, self.counts = summed(self.counts), None
+        own_U = summed(self.counts) if self.is_summed else self.counts
+        self.counts = None
         # mean - count times U: whole numbers, so that a count at the mean leaves its bias alone.
         lack_U = own_U.sum() - len(self.names) * own_U
         self.bias += self.config.bias_step * lack_U.sign().to(self.bias.dtype)

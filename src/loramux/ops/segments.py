@@ -51,9 +51,21 @@ class _Batch:
     scale: float
 
     def rows_of(self, x_NI: Tensor) -> Tensor:
-        """[K, n, I]; a view."""
+        """[K, n, I], or [n, I] of a single segment; a view."""
         rows = x_NI[self.first : self.first + self.num * self.count]
-        return rows.view(self.num, self.count, -1)
+        return rows if self.num == 1 else rows.view(self.num, self.count, -1)
+
+    def add(self, y_NO: Tensor, t: Tensor, b: Tensor, scale: float) -> None:
+        """y += scale t b for these rows, in place."""
+        rows = self.rows_of(y_NO)
+        if self.num == 1:
+            rows.addmm_(t, b, alpha=scale)
+        else:
+            rows.baddbmm_(t, b, alpha=scale)
+
+    def each(self, stacked: Tensor) -> Sequence[Tensor]:
+        """What belongs to each segment."""
+        return (stacked,) if self.num == 1 else stacked.unbind()
 
 
 def linear(
@@ -97,11 +109,11 @@ class _Linear(torch.autograd.Function):
         kept: list[Tensor] = []
         at = 0
         for batch in batches:
-            a_KRI = _stack(rows[at : at + batch.num], x_NI.dtype)
-            b_KRO = _stack(rows[num + at : num + at + batch.num], y_NO.dtype)
-            t_KnR = torch.bmm(batch.rows_of(x_NI), a_KRI.transpose(1, 2))
-            batch.rows_of(y_NO).baddbmm_(t_KnR, b_KRO, alpha=batch.scale)
-            kept += (a_KRI, b_KRO, t_KnR)
+            a = _stack(rows[at : at + batch.num], x_NI.dtype)
+            b = _stack(rows[num + at : num + at + batch.num], y_NO.dtype)
+            t = batch.rows_of(x_NI) @ a.mT
+            batch.add(y_NO, t, b, batch.scale)
+            kept += (a, b, t)
             at += batch.num
         ctx.save_for_backward(x_NI, weight_OI, *kept)
         ctx.batches = batches
@@ -120,25 +132,25 @@ class _Linear(torch.autograd.Function):
         grads_b: list[Tensor | None] = []
         each = iter(kept)
         for batch in ctx.batches:
-            a_KRI, b_KRO, t_KnR = next(each), next(each), next(each)
-            grad_KnO = batch.rows_of(grad_NO)
-            grad_KnR = torch.bmm(grad_KnO, b_KRO.transpose(1, 2)).mul_(batch.scale)
+            a, b, t = next(each), next(each), next(each)
+            grad_y = batch.rows_of(grad_NO)
+            grad_t = (grad_y @ b.mT).mul_(batch.scale)
             at = len(grads_a)
             if any(wanted[at : at + batch.num]):
-                grad_KRI = torch.bmm(grad_KnR.transpose(1, 2), batch.rows_of(x_NI))
-                grads_a += grad_KRI.to(ctx.dtypes[at]).unbind()
+                grad_a = grad_t.mT @ batch.rows_of(x_NI)
+                grads_a += batch.each(grad_a.to(ctx.dtypes[at]))
             else:
                 grads_a += [None] * batch.num
             if any(wanted[num + at : num + at + batch.num]):
-                grad_KRO = torch.bmm(t_KnR.transpose(1, 2), grad_KnO)
-                grads_b += grad_KRO.to(ctx.dtypes[num + at]).mul_(batch.scale).unbind()
+                grad_b = (t.mT @ grad_y).to(ctx.dtypes[num + at])
+                grads_b += batch.each(grad_b.mul_(batch.scale))
             else:
                 grads_b += [None] * batch.num
             if grad_x is not None:
-                batch.rows_of(grad_x).baddbmm_(grad_KnR, a_KRI)
+                batch.add(grad_x, grad_t, a, 1.0)
         return (grad_x, None, None, None, *grads_a, *grads_b)
 
 
 def _stack(rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """[K, R, ...] in this dtype."""
-    return rows[0].unsqueeze(0).to(dtype) if len(rows) == 1 else torch.stack(tuple(rows)).to(dtype)
+    """[K, R, ...] in this dtype; [R, ...] of a single segment."""
+    return (rows[0] if len(rows) == 1 else torch.stack(tuple(rows))).to(dtype)

@@ -16,11 +16,16 @@ from loramux.formats.jsonio import read_json_object, write_json
 
 RECORD = "loramux.json"  # beside a PEFT folder's own files: which base it belongs to
 SAMPLE = 32  # entries per weight
+# Attributes of a model whose weights are no longer in one place: samples of its linears, its digest.
+KEPT, KEPT_DIGEST = "_loramux_sample", "_loramux_digest"
 IN_MEMORY = "model:"  # how `model_digest` begins
 
 
 def digest_of_base(model: nn.Module) -> str:
     """Digest of the checkpoint the model came from (folder or hub cache), or of its weights where there is none."""
+    kept: str | None = vars(model).get(KEPT_DIGEST)
+    if kept is not None:
+        return kept
     folder = checkpoint_folder(str(getattr(model, "name_or_path", "") or ""))
     return model_digest(model, exclude=(HOLDER,)) if folder is None else base_digest(folder)
 
@@ -51,7 +56,7 @@ class BaseIdentity:
         self.model = model
         self._state = model.state_dict()
         self._digests: dict[bool, str] = {}
-        self._heads: dict[str, bytes | None] = {}
+        self._heads: dict[str, bytes | None] = dict(vars(model).get(KEPT, {}))
 
     def check_digest(self, expected: str | None, name: str | None) -> None:
         """Refuse another base than the one recorded; a mixture that records none is taken as it is."""
@@ -61,7 +66,7 @@ class BaseIdentity:
         found = self._digest(expected.startswith(IN_MEMORY))
         if found != expected:
             raise FormatError(
-                f"this mixture was trained on {name or 'another base'} (digest {expected[:12]}), the model is "
+                f"this mixture was trained on another base ({name or 'unnamed'}, digest {expected[:12]}), the model is "
                 f"{getattr(self.model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or "
                 "pass check_base=False if you know that it holds the same weights in another form"
             )
@@ -124,6 +129,13 @@ class BaseIdentity:
                 tensor: torch.Tensor = self._state[name]
                 return tensor
         return self.model.get_submodule(path).get_parameter("weight")
+
+
+def keep_identity(model: nn.Module, paths: Iterable[str]) -> None:
+    """Note on the model what tells it from others, before its weights are laid out over processes."""
+    identity = BaseIdentity(model)
+    identity.sample(paths)
+    vars(model)[KEPT_DIGEST], vars(model)[KEPT] = digest_of_base(model), identity._heads
 
 
 def _head(path: str, weight: torch.Tensor) -> bytes | None:

@@ -73,8 +73,10 @@ def read_router(folder: Folder) -> TrainedRouter:
         )
     config = config_from_dict({"name": saved.method, **saved.config})
     assert isinstance(config, RAMoLEConfig)
-    bare = dataclasses.replace(config, adapters=())
-    meant = {key: value for key, value in bare.to_dict().items() if key != "adapters"}
+    # How it was trained is no part of what it does, and names experts of its own.
+    bare = dataclasses.replace(config, adapters=(), train_set="all", retrieved={})
+    apart = ("adapters", "train_set", "retrieved", "retrieved_k")
+    meant = {key: value for key, value in bare.to_dict().items() if key not in apart}
     digest = hashlib.sha256(canonical_json([meant, saved.router_digest])).hexdigest()
     return TrainedRouter(
         bare, saved.router, digest, saved.base_digest, saved.base_name, str(folder)

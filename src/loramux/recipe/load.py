@@ -133,7 +133,8 @@ def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors."""
     schema = Recipe.model_json_schema()
     job = schema["$defs"]["JobPatch"]["properties"]
-    for key, name in (("data", "DataConfig"), ("training", "TrainingConfig")):
+    kinds = {"data": "DataConfig", "training": "TrainingConfig", "objective": "DpoConfig"}
+    for key, name in kinds.items():
         job[key] = {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}], "default": None}
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "loramux recipe"
@@ -174,6 +175,10 @@ def _with_paths_from(raw: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         # A setting lies in the folder of the run that made it, so it may well start where the command runs.
         if isinstance(method, dict) and isinstance(method.get("setting"), str):
             method["setting"] = placed(method["setting"], folder, is_path=False)
+        objective = holder.get("objective")
+        named = objective.get("reference") if isinstance(objective, dict) else None
+        if isinstance(objective, dict) and isinstance(named, str) and named != "base":
+            objective["reference"] = placed(named, folder, is_path=False)
     return result
 
 

@@ -38,6 +38,7 @@ def _resolve(recipe: Recipe, patch: JobPatch, where: str) -> JobRecipe:
         "method": _method_of(recipe, patch),
         "data": {**top.get("data", {}), **(patch.data or {})},
         "training": _training_of(top.get("training", {}), patch.training or {}),
+        "objective": _objective_of(recipe, patch),
         "priority": patch.priority,
         "out": patch.out,
     }
@@ -59,6 +60,15 @@ def _method_of(recipe: Recipe, patch: JobPatch) -> dict[str, Any]:
     if top is None or own.get("name", top.name) != top.name:
         return own
     return {**top.model_dump(), **own}
+
+
+def _objective_of(recipe: Recipe, patch: JobPatch) -> dict[str, Any] | None:
+    """A job's own keys over the top level's; `{name: sft}` is what there is without an objective."""
+    top = {} if recipe.objective is None else recipe.objective.model_dump()
+    own = patch.objective or {}
+    if top and own.get("name", top["name"]) != top["name"]:
+        top = {}
+    return {**top, **own} or None
 
 
 def _training_of(top: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -91,6 +92,24 @@ class DataConfig(_Strict):
     packing: bool = False
 
 
+class StopConfig(_Strict):
+    """When a job is stopped before its last step, by its training loss alone; `stop: true` takes the defaults."""
+
+    warmup: int = Field(50, ge=0, description="steps before any rule; at least a tenth of all")
+    every: int = Field(10, ge=1, description="steps between evaluations of the smoothed loss")
+    diverged: bool = Field(True, description="twice its lowest loss for 20 steps")
+    converged: bool = Field(True, description="hardly any gain over `patience` evaluations")
+    patience: int = Field(5, ge=1)
+    min_gain: float = Field(1e-3, gt=0, lt=1, description="of converged: share of the loss")
+    predicted_gain: float | None = Field(
+        None, gt=0, lt=1, description="stop if a power law through the losses says less than this"
+    )
+
+
+def _stop_switch(value: Any) -> Any:
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class TrainingConfig(_Strict):
     """Exactly one of `steps` (optimizer steps) and `epochs` must be given."""
 
@@ -106,15 +125,52 @@ class TrainingConfig(_Strict):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     gradient_checkpointing: bool = False
+    offload_activations: bool = Field(
+        False, description="keep what backward needs in the memory of the host"
+    )
     group_by_length: bool = True
     eval_every: int | None = Field(None, ge=1, description="steps between validation losses")
     early_stopping_patience: int | None = Field(
         None, ge=1, description="stop after so many validations without improvement"
     )
     save_every: int | None = Field(None, ge=1, description="steps between resumable states")
+    stop: Annotated[StopConfig | None, BeforeValidator(_stop_switch)] = Field(
+        None, description="stop hopeless jobs early"
+    )
     log_every: int = Field(1, ge=1)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
+
+
+class DpoConfig(_Strict):
+    """Preference training: rows are pairs of a chosen and a rejected answer (see `train/preference.py`)."""
+
+    name: Literal["dpo"]
+    beta: float = Field(0.1, gt=0, description="how hard the policy is held to the reference")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of pairs that are taken to be the wrong way round"
+    )
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
+    reference: str = Field("base", min_length=1, description="base, or the folder of an adapter")
+    start: Literal["fresh", "reference"] = Field(
+        "fresh", description="begin as a new adapter, or as a copy of the reference"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.loss_type == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing is defined for loss_type: sigmoid only; set it to 0")
+        if self.start == "reference" and self.reference == "base":
+            raise ValueError("start: reference needs an adapter's folder as the reference")
+        return self
+
+
+def _fine_tuning_is_none(value: Any) -> Any:
+    """`objective: {name: sft}` says what no objective says."""
+    return None if value == {"name": "sft"} else value
+
+
+Objective = Annotated[DpoConfig | None, BeforeValidator(_fine_tuning_is_none)]
 
 
 class MethodSpec(BaseModel):
@@ -136,6 +192,7 @@ class JobPatch(_Strict):
     method: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    objective: dict[str, Any] | None = None
     seed: int | None = None
     priority: int = Field(0, description="of jobs that are trained together, higher ones go first")
     out: str | None = Field(None, description="folder that the trained adapter is copied to")
@@ -149,6 +206,25 @@ class JointConfig(_Strict):
         None, ge=1, description="of one round; without it every job steps in every round"
     )
     stay: bool = Field(False, description="wait for further jobs when all have ended")
+    memory: str | int | None = Field(
+        None, description="limit above the loaded base, such as 6GiB; measured: predict, no limit"
+    )
+    scheduler: str = Field("round_robin", description="who takes part in a round")
+    objective: Literal["throughput", "turnaround", "fair"] = Field(
+        "fair", description="what the scheduler budget is for"
+    )
+    priorities: Literal["strict", "weighted"] = Field(
+        "strict", description="of budget: lower ones wait, or count for less"
+    )
+    patience: int = Field(
+        16, ge=1, description="of budget: rounds after which a waiting job takes a step beside"
+    )
+    concurrency: int = Field(
+        2, ge=1, description="of fifo, priority, minpad and adaptive: jobs of a round"
+    )
+    q: float = Field(
+        0.5, ge=0, le=1, description="of adaptive: share of the queue that is looked at"
+    )
 
 
 class JobRecipe(_Strict):
@@ -162,6 +238,7 @@ class JobRecipe(_Strict):
     method: MethodSpec
     data: DataConfig
     training: TrainingConfig
+    objective: Objective = None
     priority: int = 0
     out: str | None = None
 
@@ -175,6 +252,12 @@ class JobRecipe(_Strict):
             raise ValueError("training.early_stopping_patience: needs data.validation")
         if self.training.eval_every and not self.data.validation:
             raise ValueError("training.eval_every: needs data.validation")
+        if self.objective is not None and self.data.packing:
+            raise ValueError("data.packing: pairs are not packed; set it to false")
+        if self.objective is not None and isinstance(self.data.template, TextTemplate):
+            raise ValueError(
+                "data.template: the texts of preference rows are taken as they are; use task or chat"
+            )
         return self
 
 
@@ -188,6 +271,7 @@ class Recipe(_Strict):
     method: MethodSpec | None = None
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    objective: Objective = None
     jobs: tuple[JobPatch, ...] | None = None
     joint: JointConfig | None = None
 

@@ -21,6 +21,7 @@ from loramux.errors import LoramuxError, require
 from loramux.registry.errors import Corrupt, RegistryError, StorageError, Vanished
 
 CHUNK = 1 << 20
+MARK = "registry"  # a file that names the registry whose blobs lie here
 _SHA = re.compile(r"[0-9a-f]{64}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -52,6 +53,12 @@ class Blobs(Protocol):
 
     def discard(self, name: str) -> None:
         """Remove an unfinished write."""
+
+    def mark(self) -> str | None:
+        """Which registry these blobs belong to; None where nothing says so."""
+
+    def set_mark(self, owner: str) -> None:
+        """Say so; the first one stays."""
 
 
 def open_blobs(where: str | os.PathLike[str]) -> Blobs:
@@ -145,6 +152,27 @@ class LocalBlobs:
     def discard(self, name: str) -> None:
         with storing():
             (self.tmp / Path(name).name).unlink(missing_ok=True)
+
+    def mark(self) -> str | None:
+        try:
+            return (self.root / MARK).read_text(encoding="ascii", errors="replace")[:64]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise storage_error(error) from None
+
+    def set_mark(self, owner: str) -> None:
+        with storing():
+            self.tmp.mkdir(parents=True, exist_ok=True)
+            part = self.tmp / f"{MARK}-{secrets.token_hex(8)}"
+            part.write_text(owner, encoding="ascii")
+            try:
+                os.link(part, self.root / MARK)
+                sync_folder(self.root)
+            except FileExistsError:
+                pass
+            finally:
+                part.unlink()
 
 
 class RemoteBlobs:
@@ -240,6 +268,19 @@ class RemoteBlobs:
     def discard(self, name: str) -> None:
         with reaching(), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(f"{self.root}/tmp/{Path(name).name}")
+
+    def mark(self) -> str | None:
+        with reaching():
+            try:
+                found: bytes = self.fs.cat_file(f"{self.root}/{MARK}")
+            except FileNotFoundError:
+                return None
+            return found[:64].decode("ascii", "replace")
+
+    def set_mark(self, owner: str) -> None:
+        with reaching():
+            self.fs.makedirs(self.root, exist_ok=True)
+            self.fs.pipe_file(f"{self.root}/{MARK}", owner.encode("ascii"))
 
     def _hash(self, path: str) -> str:
         state = hashlib.sha256()

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from loramux.registry.blobs import storing
@@ -55,10 +56,7 @@ def key_of(version: Version) -> str:
 def is_whole(folder: Path, version: Version) -> bool:
     """Exactly the version's files, with exactly its bytes."""
     try:
-        found = {
-            path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()
-        }
-        if found != {file.path for file in version.files}:
+        if set(_listed(folder)) != {file.path for file in version.files}:
             return False
         for file in version.files:
             with (folder / file.path).open("rb") as read:
@@ -67,6 +65,16 @@ def is_whole(folder: Path, version: Version) -> bool:
     except OSError:
         return False
     return True
+
+
+def _listed(folder: Path, prefix: str = "") -> Iterator[str]:
+    """Everything below that is no folder, with "/" between. A link to a folder is no folder."""
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _listed(folder / entry.name, f"{prefix}{entry.name}/")
+            else:
+                yield f"{prefix}{entry.name}"
 
 
 def clear_unused(parts: Parts, used: set[str], older_than_s: float) -> int:

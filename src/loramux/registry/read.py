@@ -31,6 +31,7 @@ from loramux.registry.tables import adapters, aliases, files, shares, versions
 from loramux.registry.types import EVERYONE, FileEntry, Version
 
 _MANY = 1000  # ids per statement
+_BETWEEN = "\n"  # aliases in one text; none has it
 _ABOUT = [
     *(versions.c[name] for name in ("id", "adapter_id", "version", "digest", "base_digest")),
     *(versions.c[name] for name in ("method", "servability", "max_rank", "num_bytes")),
@@ -44,13 +45,12 @@ def one_version(connection: Connection, ref: Ref, caller: str | None) -> Version
     wanted = ref.version if ref.digest is None else ref.digest
     given = {"of": ref.tenant, "called": ref.name, "wanted": wanted, "caller": caller}
     query = _ONE[kind, caller is None]
-    row = connection.execute(query, given).first()
-    if row is None:
+    rows = connection.execute(query, given).all()
+    if not rows:
         raise NotFound.of(ref)
-    named = connection.execute(_NAMES_OF_ONE, {"adapter": row.adapter_id, "version": row.version})
-    found = connection.execute(_FILES_OF_ONE, {"version": row.id})
-    entries = [FileEntry(file.path, file.sha256, file.num_bytes) for file in found]
-    return _version(row, [alias for (alias,) in named], entries)
+    row = rows[0]
+    entries = [FileEntry(*each[-3:]) for each in rows if each.path is not None]
+    return _version(row, row.named.split(_BETWEEN) if row.named else [], entries)
 
 
 def by_id(connection: Connection, version_id: int) -> Version:
@@ -172,8 +172,17 @@ def _chunks(ids: Sequence[int]) -> Iterable[Sequence[int]]:
 
 
 def _one(kind: str, is_operator: bool) -> Select[Any]:
-    query = _live(None if is_operator else bindparam("caller")).where(
-        adapters.c.tenant == bindparam("of"), adapters.c.name == bindparam("called")
+    # With its aliases as one text and a row per file: one statement, as each costs more than its answer.
+    named = aliases.alias("named")
+    names = select(func.aggregate_strings(named.c.alias, _BETWEEN)).where(
+        named.c.adapter_id == versions.c.adapter_id, named.c.version == versions.c.version
+    )
+    query = (
+        _live(None if is_operator else bindparam("caller"))
+        .add_columns(names.correlate(versions).scalar_subquery().label("named"))
+        .add_columns(files.c.path, files.c.sha256, files.c.num_bytes.label("file_bytes"))
+        .outerjoin(files, files.c.version_id == versions.c.id)
+        .where(adapters.c.tenant == bindparam("of"), adapters.c.name == bindparam("called"))
     )
     wanted: Any = bindparam("wanted")
     if kind == "number":
@@ -195,7 +204,3 @@ _ONE = MappingProxyType(
         for is_operator in (True, False)
     }
 )
-_NAMES_OF_ONE = select(aliases.c.alias).where(
-    aliases.c.adapter_id == bindparam("adapter"), aliases.c.version == bindparam("version")
-)
-_FILES_OF_ONE = select(files).where(files.c.version_id == bindparam("version"))

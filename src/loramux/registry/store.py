@@ -21,6 +21,7 @@ from loramux.registry.db import begin, open_database, reading
 from loramux.registry.errors import RegistryError
 from loramux.registry.names import LOCAL_TENANT, Ref, parse_ref
 from loramux.registry.parts import Keeper, Parts, check_text
+from loramux.registry.place import check_place
 from loramux.registry.schema import migrate
 from loramux.registry.tables import bump, current_generation
 from loramux.registry.types import (
@@ -48,6 +49,7 @@ class Registry:
 
     def __init__(self, parts: Parts):
         self._parts = parts
+        self._may_read = self._may_write = False  # the place of the blobs was looked at
 
     @classmethod
     def open(
@@ -114,7 +116,7 @@ class Registry:
         alias. `visibility` is the name's: None leaves it, "shared" shows it to every tenant.
         """
         return publish.publish(
-            self._parts,
+            self._placed(writes=True),
             checked,
             tenant=tenant,
             name=name,
@@ -230,17 +232,24 @@ class Registry:
 
     def folder(self, version: Version) -> Path:
         """A local read-only folder with the version's files, every byte verified at this call."""
-        return folder_of(self._parts, version)
+        return folder_of(self._placed(), version)
 
     def fsck(
         self, *, repair: bool = False, deep: bool = True, grace_s: float = upkeep.GRACE_S
     ) -> FsckReport:
         """Check every promise of the store; `deep` reads every byte, `repair` tidies leftovers."""
-        return upkeep.fsck(self._parts, repair=repair, deep=deep, grace_s=grace_s)
+        return upkeep.fsck(self._placed(writes=repair), repair=repair, deep=deep, grace_s=grace_s)
 
     def collect(self, grace_s: float = upkeep.GRACE_S) -> CollectReport:
         """Remove unused blobs, temporary files and local copies that are older than the grace time."""
-        return upkeep.collect(self._parts, grace_s)
+        return upkeep.collect(self._placed(writes=True), grace_s)
+
+    def _placed(self, *, writes: bool = False) -> Parts:
+        """The parts, once it is known that the blobs there are this registry's. Looked at once: lists need no blobs."""
+        if not (self._may_write if writes else self._may_read):
+            check_place(self._parts, writes=writes)
+            self._may_read, self._may_write = True, self._may_write or writes
+        return self._parts
 
     def generation(self) -> int:
         """Rises with every change that a reader of versions, aliases or rights must notice."""

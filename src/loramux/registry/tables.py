@@ -148,6 +148,9 @@ scores = Table(
     Index(None, "version_id"),
 )
 
+# One row: the registry's own name, which the place of its blobs bears too (`place.py`).
+identity = Table("identity", metadata, Column("id", String(32), primary_key=True))
+
 
 def lock_writers(connection: Connection) -> None:
     """Until this transaction ends no other registry writer goes on. SQLite's transaction has done that already."""

@@ -21,6 +21,7 @@ from loramux.report.observed import ROUTED, Ask, observed_sections
 from loramux.report.page import Missing, Report, Section, Table, picture
 from loramux.report.ranks import rank_section
 from loramux.report.records import FolderRecord, JobRecord, ReportError, read_folder
+from loramux.report.schedule import result_section, schedule_section
 from loramux.report.training import is_fusion, loss_section, tiles, trained_section
 
 log = logging.getLogger(__name__)
@@ -92,11 +93,13 @@ def build_report(record: FolderRecord, ask: Ask | None = None) -> Report:
         _add(report, "Comparison", comparison_sections, record.rows, record.summary)
         return report
     report.tiles = tiles(record)
+    _add(report, "Jobs", result_section, record)
     _add(report, "What was trained", trained_section, record)
     _add(report, "Scores on tasks", _score_section, record)
     _add(report, "Merge", merge_section, record.provenance)
     if record.kind != "merged adapter":
         _add(report, "Loss curves", loss_section, record)
+        _add(report, "Schedule", schedule_section, record)
     for job in record.jobs[:MOST_JOBS]:
         _add_job(report, job, several=len(record.jobs) > 1)
     if len(record.jobs) > MOST_JOBS:

@@ -65,6 +65,7 @@ class FolderRecord:
     rows: Sequence[Mapping[str, Any]] = ()
     summary: Mapping[str, Any] = field(default_factory=dict)
     scores: Sequence[Mapping[str, Any]] = ()
+    timeline: Sequence[Mapping[str, Any]] = ()  # of jobs that were trained together
 
     @property
     def base(self) -> str | None:
@@ -105,12 +106,17 @@ def read_folder(folder: str | Path) -> FolderRecord:
 
 
 def _run(folder: Path) -> FolderRecord:
-    settings = _object(folder / "run.json").get("jobs", {})
+    settings = dict(_object(folder / "run.json").get("jobs", {}))
+    for row in json_lines(folder / "journal.jsonl"):
+        if row.get("what") == "add" and isinstance(row.get("value"), dict):
+            settings.setdefault(str(row.get("job")), row["value"])
     result = _object(folder / "result.json")
     results = {
         str(job.get("name")): job for job in result.get("jobs", []) if isinstance(job, Mapping)
     }
-    alone = len(settings) == 1
+    # Jobs that are trained together have folders of their own even where there is one: others may come.
+    timeline = json_lines(folder / "timeline.jsonl")
+    alone = len(settings) == 1 and not timeline
     jobs = []
     for name, given in settings.items():
         own = folder if alone else folder / _inside(name)
@@ -127,7 +133,9 @@ def _run(folder: Path) -> FolderRecord:
                 **saved,
             )
         )
-    return FolderRecord(folder, "run", jobs, result=result, scores=_scores(folder))
+    return FolderRecord(
+        folder, "run", jobs, result=result, scores=_scores(folder), timeline=timeline
+    )
 
 
 def _inside(name: str) -> str:

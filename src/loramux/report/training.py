@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from loramux.report import plots
@@ -11,7 +13,9 @@ from loramux.report.html import duration
 from loramux.report.page import Missing, Section, Table, picture, shown
 from loramux.report.records import FolderRecord, JobRecord
 
-MOST_CURVES = 8
+MOST_CURVES = 8  # in one chart; of more jobs each has its own
+MOST_CHARTS = 24
+MOST_ROWS = 20_000  # of all histories, in the JSON block
 LATE = 10  # history rows that the last training loss is the mean of
 
 
@@ -70,7 +74,7 @@ def trained_section(record: FolderRecord) -> list[Section | Missing]:
             parts.append(Missing(f"The adapter of {job.name}", f"it cannot be read: {job.problem}"))
         elif job.adapter is None:
             parts.append(Missing(f"The adapter of {job.name}", _why_no_adapter(job)))
-        if job.result.get("reason"):
+        if job.result.get("reason") and not record.timeline:  # else the table of jobs has it
             parts.append(Missing(f"The end of {job.name}", str(job.result["reason"])))
     return parts
 
@@ -99,10 +103,12 @@ def loss_section(record: FolderRecord) -> Section | Missing:
         figure = plots.loss_curves(job.history)
         figures.append(picture(figure, _loss_text(job), caption, _history_table(job)))
     if len(jobs) > 1:
-        drawn = jobs[:MOST_CURVES]
-        figure = line_panels(
-            [_curves(drawn, "loss", "Training"), _curves(drawn, "val_loss", "Validation")]
-        )
+        drawn = jobs[:MOST_CHARTS]
+        if len(jobs) <= MOST_CURVES:
+            panels = [_curves(jobs, "loss", "Training"), _curves(jobs, "val_loss", "Validation")]
+        else:
+            panels = [_own_curves(job) for job in drawn]
+        figure = line_panels(panels, across=4 if len(panels) > 2 else 2)
         alt = "; ".join(_loss_text(job) for job in drawn)
         figures.append(
             picture(
@@ -113,9 +119,12 @@ def loss_section(record: FolderRecord) -> Section | Missing:
             )
         )
     text = (
-        f"The first {MOST_CURVES} of {len(jobs)} jobs are drawn." if len(jobs) > MOST_CURVES else ""
+        f"The first {MOST_CHARTS} of {len(jobs)} jobs are drawn." if len(jobs) > MOST_CHARTS else ""
     )
-    records = {"history": {job.name: list(job.history) for job in jobs}}
+    thin = math.ceil(sum(len(job.history) for job in jobs) / MOST_ROWS)
+    if thin > 1:
+        text += f" The JSON block has every {thin}th row and all validations."
+    records = {"history": {job.name: _thinned(job.history, thin) for job in jobs}}
     return Section("Training", text, figures=figures, records=records)
 
 
@@ -129,6 +138,24 @@ def _curves(jobs: Sequence[JobRecord], key: str, title: str) -> Panel:
             Line(job.name, [p[0] for p in points], [p[1] for p in points], marked=key == "val_loss")
         )
     return Panel(title, lines, "optimizer step", "loss (nats per token)", floor=None)
+
+
+def _own_curves(job: JobRecord) -> Panel:
+    """Training and validation of one job."""
+    training, validation = (_curves([job], key, job.name).lines[0] for key in ("loss", "val_loss"))
+    lines = [replace(training, name="training")]
+    if validation.x:
+        lines.append(replace(validation, name="validation"))
+    return Panel(job.name, lines, "optimizer step", "loss", floor=None)
+
+
+def _thinned(history: Sequence[Mapping[str, Any]], thin: int) -> list[Mapping[str, Any]]:
+    """Every `thin`th row, all validations and the last row."""
+    return [
+        row
+        for i, row in enumerate(history)
+        if i % max(thin, 1) == 0 or "val_loss" in row or row is history[-1]
+    ]
 
 
 def _loss_text(job: JobRecord) -> str:
@@ -145,11 +172,7 @@ def _loss_text(job: JobRecord) -> str:
 def _history_table(job: JobRecord) -> Table:
     keys = list(dict.fromkeys(key for row in job.history for key in row))
     thin = max(1, len(job.history) // 60)
-    rows = [
-        row
-        for i, row in enumerate(job.history)
-        if i % thin == 0 or "val_loss" in row or row is job.history[-1]
-    ]
+    rows = _thinned(job.history, thin)
     cut = f"Every {thin}th row and all validations." if thin > 1 else ""
     return Table(keys, [[row.get(key) for key in keys] for row in rows], cut)
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loramux.retrieval.background import Background, Query
-    from loramux.retrieval.calibrate import Threshold, abstain_threshold
+    from loramux.retrieval.calibrate import (
+        AbstainAt,
+        Calibration,
+        Threshold,
+        abstain_threshold,
+        calibrated_threshold,
+    )
     from loramux.retrieval.encoder import Encoder, MiniLM
     from loramux.retrieval.errors import EncoderError, ProfileError, RetrievalError
     from loramux.retrieval.exact import ExactIndex
@@ -27,7 +33,13 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "background": ("Background", "Query"),
-    "calibrate": ("Threshold", "abstain_threshold"),
+    "calibrate": (
+        "AbstainAt",
+        "Calibration",
+        "Threshold",
+        "abstain_threshold",
+        "calibrated_threshold",
+    ),
     "encoder": ("Encoder", "MiniLM"),
     "errors": ("EncoderError", "ProfileError", "RetrievalError"),
     "exact": ("ExactIndex",),
@@ -46,7 +58,9 @@ _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "EVERYTHING",
+    "AbstainAt",
     "Background",
+    "Calibration",
     "Encoder",
     "EncoderError",
     "Entry",
@@ -67,6 +81,7 @@ __all__ = [
     "Threshold",
     "Where",
     "abstain_threshold",
+    "calibrated_threshold",
     "follow",
     "fuse",
     "fused_folder",

@@ -1,17 +1,97 @@
-"""From held-out prompts to a threshold below which retrieval should rather find nothing.
+"""A threshold below which retrieval should rather find nothing: from the pool's own profiles, or from held-out prompts.
 
 Why on the lexical score: for "is any adapter of this kind in the pool?" it separates far better than the dense cosine.
-The value depends on the pool and on how its users write, so there is no default.
+The value depends on the pool and on how its users write: `calibrated_threshold` takes it from the profiles, for a rate
+of prompts that may wrongly find nothing; who has prompts of both kinds chooses better with `abstain_threshold`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
+from loramux.retrieval.background import Background
+from loramux.retrieval.drawn import digest_of, draw_scores
 from loramux.retrieval.errors import RetrievalError
+from loramux.retrieval.profile import Profile
+
+Written = Literal["with", "without", "either"]
+MIN_PROFILES = 8  # ours: of fewer the threshold would be one adapter's accident
+MAX_PROFILES = 256  # ours: what is looked at of a large pool
+NUM_DRAWS = 2048  # ours: prompts drawn in all, at least two of each profile and kind
+FALLBACK = 0.05  # ours, of small pools: below it a prompt shares next to no words with any adapter's samples
+
+
+@dataclass(frozen=True)
+class AbstainAt:
+    """Where a Retriever's threshold comes from: its pool's profiles.
+
+    rate: share of prompts with an adapter of their own that may find nothing. instruction: whether they come with the
+    words that most samples of their adapter share, without them, or as often with as without.
+    """
+
+    rate: float = 0.05
+    instruction: Written = "either"
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.rate < 1.0:
+            raise RetrievalError(
+                f"the rate of prompts that wrongly find nothing must lie in (0, 1), got {self.rate}"
+            )
+        if self.instruction not in get_args(Written):
+            raise RetrievalError(
+                f"instruction must be one of {', '.join(get_args(Written))}, got {self.instruction!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """min_score, and the share of drawn prompts it refuses whose own adapter is left out. digest: of the profiles and
+    word frequencies it was worked out from; None where they were too few and the fixed value stands in."""
+
+    min_score: float
+    refused: float | None
+    digest: str | None
+
+
+def calibrated_threshold(
+    profiles: Sequence[Profile],
+    background: Background,
+    at: AbstainAt | None = None,
+    known: Calibration | None = None,
+) -> Calibration:
+    """The threshold at which the rate of drawn prompts finds nothing. known: given back if nothing has changed."""
+    at = AbstainAt() if at is None else at
+    usable = [profile for profile in profiles if profile.num_samples > 1]
+    if len(usable) < MIN_PROFILES:
+        return Calibration(FALLBACK, None, None)
+    digest = digest_of(usable, background)
+    if known is not None and known.digest == digest:
+        return known
+    drawn = draw_scores(usable, background, max(2, NUM_DRAWS // (2 * len(usable))))
+    kind = drawn.with_instruction
+    weight = {"with": kind * 1.0, "without": ~kind * 1.0}.get(at.instruction)
+    if weight is None:
+        weight = np.where(kind, 1.0 / max(1, kind.sum()), 1.0 / max(1, (~kind).sum()))
+    if not weight.any():
+        return Calibration(FALLBACK, None, None)
+    limit = _weighted_quantile(drawn.inside, weight, at.rate)
+    refused = float(((drawn.outside < limit) * weight).sum() / weight.sum())
+    return Calibration(limit, refused, digest)
+
+
+def _weighted_quantile(
+    values: np.ndarray[tuple[int], np.dtype[np.float64]],
+    weight: np.ndarray[tuple[int], np.dtype[np.float64]],
+    share: float,
+) -> float:
+    """The largest value with no more than `share` of the weight below it."""
+    order = np.argsort(values, kind="stable")
+    below = np.cumsum(weight[order]) - weight[order]
+    return float(values[order][below <= share * weight.sum()][-1])
 
 
 @dataclass(frozen=True)

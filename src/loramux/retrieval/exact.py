@@ -16,7 +16,8 @@ import numpy as np
 
 from loramux.retrieval.background import Background, Query, Tally
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.index import Entry, Scored, check_entry
+from loramux.retrieval.index import Entry, Scored, check_entry, spread_over
+from loramux.retrieval.profile import Profile
 from loramux.retrieval.segment import Rows, row_products
 from loramux.retrieval.text import NUM_BUCKETS, Floats
 from loramux.retrieval.view import View
@@ -83,6 +84,13 @@ class ExactIndex:
     def ids(self, where: Where = EVERYTHING) -> list[str]:
         view = self._view
         return sorted(view.ids[row] for row in view.candidates(where, None).tolist())
+
+    def profiles(self, most: int) -> list[Profile]:
+        view = self._view
+        return [
+            view.profile(view.place[id], self.encoder_id)
+            for id in spread_over(sorted(view.place), most)
+        ]
 
     def refresh(self) -> Background:
         with self._writing:

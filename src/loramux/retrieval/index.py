@@ -94,6 +94,10 @@ class Index(Protocol):
         """In rising order."""
         ...
 
+    def profiles(self, most: int) -> list[Profile]:
+        """At most so many, spread evenly over the rising ids."""
+        ...
+
     def refresh(self) -> Background:
         """Recompute the background from what is there; its version rises."""
         ...
@@ -105,6 +109,12 @@ class Index(Protocol):
     def snapshot(self, path: Path) -> None:
         """Write everything a search depends on into one file."""
         ...
+
+
+def spread_over(ids: Sequence[str], most: int) -> list[str]:
+    """At most so many of the ids, evenly spread."""
+    step = max(1.0, len(ids) / most)
+    return [ids[int(i * step)] for i in range(min(most, len(ids)))]
 
 
 def check_entry(entry: Entry, encoder_id: str | None, dim: int | None) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from loramux.errors import require
 from loramux.retrieval.background import Background, Query, Tally
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.index import Entry, Scored, check_entry
+from loramux.retrieval.index import Entry, Scored, check_entry, spread_over
 from loramux.retrieval.profile import Profile
 from loramux.retrieval.text import Floats, Sparse, unit
 from loramux.retrieval.where import EVERYTHING, Mark, Where
@@ -111,6 +111,11 @@ class QdrantIndex:
 
     def ids(self, where: Where = EVERYTHING) -> list[str]:
         return sorted(str(p.payload["id"]) for p in self._scroll(self._filter(where, None), ["id"]))
+
+    def profiles(self, most: int) -> list[Profile]:
+        points = [point_id(id) for id in spread_over(self.ids(), most)]
+        found = self._client.retrieve(self._collection, points, with_payload=["id", "profile"])
+        return [_profile(p.payload) for p in sorted(found, key=lambda p: str(p.payload["id"]))]
 
     def refresh(self) -> Background:
         """Weigh every point anew. Searches meanwhile see old and new points side by side."""

@@ -12,6 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loramux.retrieval.background import Background, Query
+from loramux.retrieval.calibrate import (
+    MAX_PROFILES,
+    AbstainAt,
+    Calibration,
+    calibrated_threshold,
+)
 from loramux.retrieval.encoder import Encoder
 from loramux.retrieval.errors import RetrievalError
 from loramux.retrieval.exact import ExactIndex
@@ -57,7 +63,8 @@ class Retriever:
     """Profiles in an index, an encoder for prompts, and the rules of ranking.
 
     base: digest of the base model; with it only entries tagged with this base can be found, whatever the caller allows.
-    min_score: least lexical cosine of the best candidate; None never abstains.
+    min_score: least lexical cosine of the best candidate; None never abstains, `AbstainAt` takes it from the profiles,
+    anew with each background.
     """
 
     def __init__(
@@ -67,7 +74,7 @@ class Retriever:
         *,
         base: str | None = None,
         ranking: Ranking | None = None,
-        min_score: float | None = None,
+        min_score: float | AbstainAt | None = None,
         refresh_at: float | None = REFRESH_AT,
         reject_central: bool = True,
     ) -> None:
@@ -82,6 +89,7 @@ class Retriever:
         self.index, self.encoder = index, encoder
         self.ranking = Ranking() if ranking is None else ranking
         self.min_score, self.refresh_at, self.reject_central = min_score, refresh_at, reject_central
+        self._calibrated: tuple[int, Calibration] | None = None
         self._required = Where().tagged(base=base)
 
     @property
@@ -152,7 +160,7 @@ class Retriever:
         version = self.background.version
         if len(scored) == 0:
             return Retrieved((), True, "no adapter may be used", version)
-        limit = self.min_score if min_score is None else min_score
+        limit = self.threshold() if min_score is None else min_score
         best = float(scored.lexical.max())
         if limit is not None and best < limit:
             reason = f"best lexical score {best:.3f} is below {limit:.3f}"
@@ -160,6 +168,19 @@ class Retriever:
         scores = hybrid(scored, self.ranking.dense_weight)
         order = choose(scored, scores, k, self.ranking, self.index.nearness)
         return Retrieved(tuple(_hit(scored, scores, i) for i in order), background=version)
+
+    def threshold(self) -> float | None:
+        """The least lexical score that is in force now; None: whatever is best is found."""
+        if not isinstance(self.min_score, AbstainAt):
+            return self.min_score
+        version, known = self.background.version, self._calibrated
+        if known is None or known[0] != version:
+            # Two threads may both work it out: they find the same.
+            last = None if known is None else known[1]
+            profiles = self.index.profiles(MAX_PROFILES)
+            found = calibrated_threshold(profiles, self.background, self.min_score, last)
+            self._calibrated = known = (version, found)
+        return known[1].min_score
 
     def follow(self, registry: Any, caller: str | None = None, **options: Any) -> Follower:
         """Keep this retriever in step with a registry: `follow(self, registry, caller)`."""

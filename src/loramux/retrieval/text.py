@@ -25,6 +25,8 @@ Floats: TypeAlias = NDArray[np.float32]
 Ints: TypeAlias = NDArray[np.int32]
 NUM_BUCKETS = 1 << 18
 MAX_WORDS = 1024  # ours: what is longer is cut, so that no prompt costs more than its first words
+# Ours, of a sample in a profile: with more, an uploader joins prompts of many tasks into one and is found for them all.
+MAX_SAMPLE_WORDS = 32
 _WORD = re.compile(r"\w+")
 
 
@@ -45,11 +47,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(folded)[:MAX_WORDS]
 
 
-def counts(text: str) -> Sparse:
-    """How often each bucket occurs: words and pairs of neighbours."""
+def counts(text: str, most: int = MAX_WORDS) -> Sparse:
+    """How often each bucket occurs: words and pairs of neighbours. Of longer texts the first and the last words count,
+    `most` in all: what is asked stands at either end."""
     found = words(text)
-    grams = Counter(found)
-    grams.update(f"{a} {b}" for a, b in pairwise(found))
+    parts = [found] if len(found) <= most else [found[: most // 2], found[-(most // 2) :]]
+    grams: Counter[str] = Counter()
+    for part in parts:
+        grams.update(part)
+        grams.update(f"{a} {b}" for a, b in pairwise(part))
     held: Counter[int] = Counter()
     for gram, count in grams.items():
         held[bucket_of(gram)] += count
@@ -78,7 +84,7 @@ def unit(values: NDArray[Any]) -> Floats:
 
 def centroid(texts: Sequence[str]) -> tuple[Sparse, NDArray[np.uint16]]:
     """The mean of the texts' unit term-frequency vectors, and in how many texts each bucket occurs."""
-    parts = [sublinear(counts(text)) for text in texts]
+    parts = [sublinear(counts(text, MAX_SAMPLE_WORDS)) for text in texts]
     buckets = np.concatenate([part.buckets for part in parts]) if parts else np.zeros(0, np.int32)
     values = [unit(part.values) for part in parts]
     kept, place = np.unique(buckets, return_inverse=True)

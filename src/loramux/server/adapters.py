@@ -198,9 +198,15 @@ def _publish(
             **kept,
         )
         audit(services, caller, "adapter.publish", version.ref, {"digest": version.digest})
+    notes = list(checked.notes)
     if profile is not None:
         remember(services, version, profile)
-    return version, list(checked.notes)
+    elif FOLLOWER in services.extras:
+        from loramux.retrieval.unfound import samples_note
+
+        note = samples_note(services.registry, version)
+        notes += [] if note is None else [note]
+    return version, notes
 
 
 def _source(form: Form) -> Any:

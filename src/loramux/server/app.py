@@ -19,10 +19,12 @@ from loramux.server import errors, observe
 from loramux.server.asgi import Outer
 from loramux.server.auth import authorise
 from loramux.server.config import ServerConfig
+from loramux.server.express import Express
 from loramux.server.limits import Gate
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.replies import Words
 from loramux.server.resolve import Names
+from loramux.server.routes import chat, completions
 from loramux.server.schema import describe
 from loramux.server.services import Services
 from loramux.tenancy.policy import check_routes
@@ -75,6 +77,7 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
     errors.install(app)
     for name in ROUTES:
         app.include_router(importlib.import_module(name).router())
+    app.add_middleware(Express, lanes=(chat.LANE, completions.LANE), services=services)
     observe.install(app, config, services)
     app.add_middleware(Outer, services=services, limits=limits, is_local=services.tenancy is None)
     check_routes(app)

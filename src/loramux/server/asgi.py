@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from loramux.server.auth import check_key
 from loramux.server.config import LimitsConfig
 from loramux.server.errors import ApiError, envelope, response_of
-from loramux.server.limits import RETRY_S
+from loramux.server.limits import PROBES, RETRY_S
 from loramux.server.services import Services
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 LARGE_BODIES = frozenset({"/v1/adapters"})  # their routes count bytes themselves
-PROBES = frozenset({"/health", "/ready"})
+LEAST_RATE = 4096  # bytes per second that a body must come at, beyond the first `read_timeout_s`
 _CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _INFERENCE = ("/v1/chat/", "/v1/completions", "/v1/embeddings")
 
@@ -41,7 +41,7 @@ class Outer:
     def __init__(self, app: App, services: Services, limits: LimitsConfig, is_local: bool):
         self.app, self.services = app, services
         self.limits, self.is_local = limits, is_local
-        # Half: beyond all of them uvicorn turns connections away, with neither an envelope nor Retry-After.
+        # Half: connections that wait for their next request are open as well.
         self.most = max(1, limits.max_connections // 2)
         self.num_active = 0
 
@@ -112,13 +112,17 @@ class Outer:
         if given.isdigit() and int(given) > limit:
             raise refusal
         seen, is_whole = 0, False
+        clock, patience = asyncio.get_running_loop().time, self.limits.read_timeout_s
+        began = clock()
 
         async def counted() -> Message:
             nonlocal seen, is_whole
             if is_whole:  # what may still come is that the client goes away
                 return await receive()
+            # Both silence and a drip are bounded: a byte now and then would hold the call for days.
+            until = min(clock() + patience, began + patience + seen / LEAST_RATE)
             try:
-                async with asyncio.timeout(self.limits.read_timeout_s):
+                async with asyncio.timeout_at(until):
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, "the body did not arrive in time") from None

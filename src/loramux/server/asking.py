@@ -145,8 +145,10 @@ def _params(
             ignore_eos=body.ignore_eos,
             logprobs=logprobs,
         )
-    except ValueError as error:  # its text names the field and its range
-        raise ApiError(str(error), code="invalid_value") from None
+    except ValueError as error:  # its text begins with the field, and says its range
+        field = str(error).partition(" ")[0]
+        param = field if field in type(body).model_fields else None
+        raise ApiError(str(error), code="invalid_value", param=param) from None
 
 
 def _check_caps(
@@ -154,6 +156,8 @@ def _check_caps(
 ) -> None:
     if max_tokens > limits.max_tokens:
         raise refuse(f"max_tokens: at most {limits.max_tokens}, got {max_tokens}", "max_tokens")
+    if body.stream_options is not None and not body.stream:
+        raise refuse("stream_options needs stream=true", "stream_options")
     if (body.n or 1) > limits.max_n:
         raise refuse(f"n: at most {limits.max_n}, got {body.n}", "n")
     if logprobs is not None and logprobs > limits.max_logprobs:

@@ -17,6 +17,8 @@ from loramux.tenancy.errors import AuthError
 from loramux.tenancy.policy import ALLOW, NO_KEY, POLICY, PUBLIC, decide, rule_of
 
 OPEN_PATHS = frozenset(path for (_, path), rule in POLICY.items() if rule.scope == PUBLIC)
+CALLER = "loramux.caller"  # in the scope: whose key the request carries
+METRICS = "/metrics"  # `metrics.public`: may be asked without a key; one that is sent is checked
 
 
 def services_of(request: Request) -> Services:
@@ -35,7 +37,12 @@ async def authorise(request: Request) -> None:
     # A public route does not look at the header: a health check may carry a proxy's own.
     if rule is None or rule.scope != PUBLIC:
         secret = bearer(request)
-        caller = None if secret is None else services.tenancy.keys.authenticate(secret)
+        if secret is None and _is_keyless(request):
+            request.state.caller = None
+            return
+        known = request.scope.get(CALLER)  # `check_key` has looked
+        if known is not None or secret is not None:
+            caller = known or services.tenancy.keys.authenticate(secret)
     decision = decide(rule, caller)
     if decision == NO_KEY:
         raise ApiError(
@@ -54,10 +61,19 @@ def check_key(services: Services, scope: MutableMapping[str, Any]) -> None:
     """
     if services.tenancy is None or scope["path"] in OPEN_PATHS:
         return
+    request = Request(scope)
+    secret = bearer(request)
+    if secret is None and _is_keyless(request):
+        return
     try:
-        services.tenancy.keys.authenticate(bearer(Request(scope)))
+        scope[CALLER] = services.tenancy.keys.authenticate(secret)
     except AuthError as error:
         raise as_api_error(error) from None
+
+
+def _is_keyless(request: Request) -> bool:
+    """Whether this may be asked without a key here, by the configuration."""
+    return request.scope["path"] == METRICS and request.app.state.config.metrics.public is True
 
 
 def bearer(request: Request) -> str | None:

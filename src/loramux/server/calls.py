@@ -19,6 +19,8 @@ from loramux.server.services import Outcome, Services
 
 log = logging.getLogger(__name__)
 Item = tuple[int, Delta]  # which prompt, what its answer grew by
+# In what every reader of adapters says of one that does not belong to the model.
+OTHER_BASE = "another base"
 
 
 class Call:
@@ -210,6 +212,11 @@ def failed_answer(delta: Delta) -> ApiError:
     """What a client is told about an answer that the engine ended. Its own text may hold paths: it is in the log."""
     if delta.finish_reason == "abort":
         return ApiError("the server is stopping", code="overloaded")
+    if delta.error and OTHER_BASE in delta.error:
+        return ApiError(
+            "an adapter of this call was trained on another base model than this server's; train it on this one",
+            code="wrong_base", param="model",
+        )  # fmt: skip
     if delta.error and "not finite" in delta.error:
         return ApiError(
             "the model's probabilities are not finite with these adapters; try others",

@@ -1,14 +1,16 @@
 """Which adapters answer a call: names under the caller's rights, mixtures by `router:`, and `auto` from the prompt.
 
 Why rights come first: the retriever is told what it may return before it ranks, so no score of a foreign adapter can
-show, and none can be chosen.
+show, and none can be chosen. It is told by a condition and not by a list: with 10,000 adapters, making the list anew
+after each change of the registry took most of a second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loramux.errors import LoramuxError
 from loramux.server.config import RetrievalConfig, ServerConfig
@@ -16,6 +18,10 @@ from loramux.server.errors import ApiError
 from loramux.server.resolve import Choice, Plan, parse_model, unknown_model
 from loramux.server.services import Services
 
+if TYPE_CHECKING:
+    from loramux.retrieval import Where
+
+log = logging.getLogger(__name__)
 MAX_LOOKS = 8  # at a registry that changes all the time
 RAMOLE = "ramole"  # `router:ramole`: the trained router over adapters that fit the prompt
 
@@ -111,7 +117,7 @@ async def _auto(services: Services, config: ServerConfig, asked: str | None, cal
 async def retrieve(
     services: Services, config: RetrievalConfig, asked: str | None, caller: Any
 ) -> tuple[Any, Mapping[str, Any]]:
-    """(what fits the prompt, {id of the retriever: Version} of all the caller may use)."""
+    """(what fits the prompt, {id of the retriever: Version} of the hits)."""
     retriever = services.retriever
     if retriever is None:
         raise ApiError(
@@ -129,35 +135,53 @@ async def retrieve(
             code="invalid_value",
             param="messages",
         )
-    names = services.names
+    names, where = services.names, may_use(caller, services.base_digest, config.trusted_tenants)
+    refused: frozenset[str] = frozenset()
     for _ in range(MAX_LOOKS):
-        epoch = names.epoch
-        visible = await names.visible(caller, services.base_digest, config.trusted_tenants)
-        if names.epoch != epoch:
-            continue
+        epoch = await names.current()
         try:
             found = await asyncio.to_thread(
-                retriever.retrieve, asked, config.k, allowed=visible.refs
+                retriever.retrieve, asked, config.k, allowed=where, masked=refused
             )
         except LoramuxError as error:
             raise ApiError(
                 f"retrieval failed: {error}", code="retrieval_failed", status=500
             ) from None
-        # Else an alias moved meanwhile: the retriever knew the new version and `visible` the old one, so that the
-        # adapter would be missed.
-        if names.epoch == epoch:
-            break
-    else:
-        raise ApiError(
-            "the registry changes too fast to choose from; try again",
-            code="overloaded",
-            headers={"Retry-After": "1"},
-        )
-    allowed = visible.by_ref
-    strangers = [hit.id for hit in found.hits if hit.id not in allowed]
-    if strangers:  # the retriever was told; this is the second lock on the same door
-        raise AssertionError("the retriever returned an adapter that the caller may not use")
-    return found, allowed
+        # The second lock on the same door: the registry has the last word about every hit.
+        allowed = {hit.id: await _usable(services, hit.id, caller) for hit in found.hits}
+        if names.epoch != epoch:
+            continue  # an alias moved meanwhile, or a right: hits and versions may be of two states
+        strangers = {key for key, version in allowed.items() if version is None}
+        if not strangers:
+            return found, allowed
+        refused |= strangers
+    raise ApiError(
+        "the registry changes too fast to choose from; try again",
+        code="overloaded",
+        headers={"Retry-After": "1"},
+    )
+
+
+def may_use(caller: Any, base: str | None, trusted: tuple[str, ...] | None) -> Where:
+    """What `auto` may choose from, as a condition of the search. trusted: whose shared adapters count, None: all."""
+    from loramux.retrieval import Where
+
+    where = Where.visible_to(caller.tenant, base)
+    if trusted is None:
+        return where
+    owners = tuple(("owner", tenant) for tenant in (caller.tenant, *trusted))
+    return Where((*where.clauses, owners))
+
+
+async def _usable(services: Services, ref: str, caller: Any) -> Any:
+    """The version of a hit, None if the caller may not use it with this base."""
+    try:
+        return await version_of(services, ref, caller)
+    except ApiError as error:
+        if error.code not in ("model_not_found", "wrong_base"):
+            raise
+        log.warning("%s is found by retrieval, and the registry refuses it", ref)
+        return None
 
 
 def _weights(services: Services, config: RetrievalConfig, found: Any) -> dict[str, float]:

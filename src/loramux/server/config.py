@@ -76,6 +76,9 @@ class LimitsConfig(_Strict):
     read_timeout_s: float = Field(
         20.0, gt=0, description="silence within a body before it is refused"
     )
+    head_timeout_s: float = Field(
+        10.0, gt=0, description="until a request's head is whole, from the answer before it"
+    )
     request_timeout_s: float = Field(600.0, gt=0)
     write_timeout_s: float = Field(20.0, gt=0, description="a reader slower than this is cut off")
     heartbeat_s: float = Field(
@@ -133,7 +136,12 @@ class MetricsConfig(_Strict):
 
     enabled: bool = True
     top_adapters: int = Field(50, ge=0, description="adapters with a label of their own")
-    public: bool = Field(False, description="serve /metrics without a key")
+    public: bool = Field(
+        False, description="serve /metrics without a key too; it shows totals then, and no names"
+    )
+    operators: tuple[str, ...] = Field(
+        (), description="tenants whose admin keys see everybody's names at /metrics"
+    )
     tracing: bool = Field(False, description="OpenTelemetry; needs the extra `otel`")
 
 

@@ -119,24 +119,25 @@ def response_of(error: LoramuxError) -> JSONResponse:
     return JSONResponse(body, found.status, headers)
 
 
-def install(app: FastAPI) -> None:
-    """Let every way of failing answer with the envelope."""
-
-    async def ours(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, LoramuxError)
-        return response_of(error)
-
-    async def invalid(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
+def response_to(error: Exception) -> JSONResponse:
+    """The answer to what a route, the framework or a lower layer raised on purpose."""
+    if isinstance(error, RequestValidationError):
         return response_of(_validation(error))
-
-    async def http(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
+    if isinstance(error, HTTPException):
         status = error.status_code
         code = _HTTP_CODES.get(status, "invalid_request")
         return JSONResponse(
             envelope(status, str(error.detail), code), status, dict(error.headers or {})
         )
+    assert isinstance(error, LoramuxError)
+    return response_of(error)
+
+
+def install(app: FastAPI) -> None:
+    """Let every way of failing answer with the envelope."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        return response_to(error)
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         # The trace goes to the log; what it says may hold paths or names that are not the caller's.
@@ -145,9 +146,8 @@ def install(app: FastAPI) -> None:
             envelope(500, "the server failed; its log says why", "internal_error"), 500
         )
 
-    app.add_exception_handler(LoramuxError, ours)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    for kind in (LoramuxError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, known)
     app.add_exception_handler(Exception, unexpected)
 
 

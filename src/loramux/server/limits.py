@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from loramux.server.errors import ApiError
 
 RETRY_S = 1
+PROBES = frozenset({"/health", "/ready"})  # answered however busy the server is
 
 
 class Gate:
@@ -24,10 +25,9 @@ class Gate:
         self.num_refused = 0
         self._by_tenant: Counter[str] = Counter()
 
-    @contextmanager
-    def enter(self, tenant: str) -> Iterator[None]:
-        """Hold a place for the time of a call, or refuse it."""
-        if self._by_tenant[tenant] >= self.max_per_tenant:
+    def check(self, tenant: str) -> None:
+        """ApiError if there is no place for another call of this tenant."""
+        if self._by_tenant.get(tenant, 0) >= self.max_per_tenant:
             self.num_refused += 1
             raise ApiError(
                 f"you have {self.max_per_tenant} requests under way already; wait for one to end",
@@ -39,6 +39,11 @@ class Gate:
                 "the server's queue is full; try again shortly",
                 code="overloaded", headers={"Retry-After": str(RETRY_S)},
             )  # fmt: skip
+
+    @contextmanager
+    def enter(self, tenant: str) -> Iterator[None]:
+        """Hold a place for the time of a call, or refuse it."""
+        self.check(tenant)
         self.num_inflight += 1
         self._by_tenant[tenant] += 1
         try:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
 from loramux.server.labels import OTHER, TopLabels
+from loramux.server.tally import Tallies
 
 if TYPE_CHECKING:
     from loramux.engine.request import Completion
@@ -103,12 +104,8 @@ class Metrics:
         self._tenants = TopLabels(top, self._drop_tenant)
         own = self.registry
         labels = (model_name, ENGINE)
-        self._histograms = {
-            name: Histogram(f"vllm:{name}", text, LABELS, buckets=buckets, registry=own).labels(
-                *labels
-            )
-            for name, (text, buckets) in HISTOGRAMS.items()
-        }
+        self._histograms = Tallies(HISTOGRAMS, "vllm:", LABELS, labels)
+        own.register(self._histograms)
         self._counters = {
             name: Counter(f"vllm:{name}", text, LABELS, registry=own).labels(*labels)
             for name, text in COUNTERS.items()
@@ -169,8 +166,7 @@ class Metrics:
             self._sample(done)
         # The deltas of several samples come interleaved: their gaps say nothing about any one of them.
         if track is not None and len(outcome.completions) == 1:
-            for gap in track.gaps:
-                self._histograms["inter_token_latency_seconds"].observe(gap)
+            self._histograms["inter_token_latency_seconds"].observe_all(track.gaps)
         self._account(outcome)
 
     def responded(self, method: str, route: str, status: int) -> None:

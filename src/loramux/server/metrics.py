@@ -1,14 +1,15 @@
 """`GET /metrics`: what is counted, as Prometheus text, with only those names that the one who looks may know.
 
-Who looks: the operator (the one user of a server without keys, or a tenant named in `extras["operators"]`) sees all
-names that have a label; anybody else the totals, and the names of the own tenant.
+Who looks: the operator (the one user of a server without keys, or a tenant of `metrics.operators`) sees all names that
+have a label; any other key the totals, and the names of its own tenant; nobody without a key, or the totals alone
+(`metrics.public`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -25,7 +26,6 @@ from loramux.server.meters import ENGINE, LABELS, Metrics, Usage
 from loramux.server.services import Services
 
 KEY = "metrics"  # of Services.extras
-OPERATORS = "operators"
 STATS_TIMEOUT_S = 2.0
 LOCAL = "local"
 # name -> (documentation, path in the engine's statistics)
@@ -54,17 +54,18 @@ def router() -> APIRouter:
             raise ApiError("this server keeps no metrics", code="not_found")
         stats = await engine_stats(services)
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        page = render(counted, stats, viewer_of(services, caller), encode)
+        viewer = viewer_of(services, caller, request.app.state.config.metrics.operators)
+        page = render(counted, stats, viewer, encode)
         return Response(page, media_type=content_type)
 
     return routes
 
 
-def viewer_of(services: Services, caller: Any) -> str | None:
+def viewer_of(services: Services, caller: Any, operators: Sequence[str]) -> str | None:
     """The tenant that looks; None for the operator."""
     if caller is None:
         return ""  # a public page: totals alone
-    if services.tenancy is None or caller.tenant in services.extras.get(OPERATORS, ()):
+    if services.tenancy is None or caller.tenant in operators:
         return None
     return str(caller.tenant)
 

@@ -93,6 +93,12 @@ def _replay(
 ) -> list[Check]:
     from loramux.engine.request import Request
 
+    if (answer["router"] or {}).get("members"):
+        raise ReceiptError(
+            f"{what} is of adapters that the server put together under {answer['router']['ref']}, which the registry "
+            "does not hold; it cannot be run again, --registry checks its members",
+            code="not_replayable",
+        )
     mix = {}
     for part in answer["parts"]:
         try:

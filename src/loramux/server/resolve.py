@@ -12,7 +12,7 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,19 +104,6 @@ def _part(piece: str) -> tuple[str, float]:
     return name.strip(), weight
 
 
-@dataclass(frozen=True)
-class Visible:
-    """What one tenant may use: versions by "tenant/name@version", and these texts as a set."""
-
-    by_ref: dict[str, Any]
-    refs: frozenset[str]
-
-    @classmethod
-    def of(cls, versions: Iterable[Any]) -> Visible:
-        by_ref = {version.ref: version for version in versions}
-        return cls(by_ref, frozenset(by_ref))
-
-
 class Names:
     """Resolved names, and what each tenant may use. Used by one event loop only."""
 
@@ -155,19 +142,18 @@ class Names:
             raise
         return found
 
-    async def visible(
-        self, caller: Any, base: str | None = None, trusted: tuple[str, ...] | None = None
-    ) -> Visible:
-        """What the caller may use with this base; of other tenants only what the trusted ones share, None: all."""
+    async def current(self) -> int:
+        """The epoch after a look at the registry, if one was due."""
+        await self._follow()
+        return self._epoch
 
-        def find() -> Visible:
-            found = self._registry.visible(caller.tenant, base=base)
-            if trusted is None:
-                return Visible.of(found)
-            return Visible.of(v for v in found if v.tenant in (caller.tenant, *trusted))
-
-        found = await self._cached(("visible", caller.tenant, base or "", repr(trusted)), find)
-        assert isinstance(found, Visible)
+    async def visible(self, caller: Any, base: str | None = None) -> tuple[Any, ...]:
+        """All versions that the caller may use with this base."""
+        found = await self._cached(
+            ("visible", caller.tenant, base or ""),
+            lambda: tuple(self._registry.visible(caller.tenant, base=base)),
+        )
+        assert isinstance(found, tuple)
         return found
 
     def forget(self) -> None:

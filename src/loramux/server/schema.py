@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from loramux.server.auth import METRICS
 from loramux.server.shapes import MEANINGS, SUCCESSES, errors_of
 from loramux.tenancy.policy import PUBLIC, rule_of
 
@@ -36,6 +37,9 @@ def describe(app: FastAPI, *, has_keys: bool) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             app.openapi_schema = _corrected(derived(), has_keys)
+            if has_keys and app.state.config.metrics.public:  # with a key or without one
+                page = app.openapi_schema["paths"][METRICS]["get"]
+                page["security"] = [{}, {"key": []}]
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]

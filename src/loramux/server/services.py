@@ -107,6 +107,12 @@ class Services:
     gate: Gate = field(init=False)
     weights: Any = None  # tenancy.weights.Weights; with tenancy only
 
+    def check_room(self, caller: Any) -> None:
+        """The refusal that an inference call of this caller would meet now; nothing is taken."""
+        self.gate.check(caller.tenant)
+        if self.tenancy is not None:
+            self.tenancy.quotas.check_room(caller)
+
     @property
     def base_digest(self) -> str | None:
         return getattr(self.base, "digest", None)

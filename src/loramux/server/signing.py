@@ -58,10 +58,11 @@ def decode(text: str) -> bytes:
 
 
 class PublicKeys:
-    """Public keys by their id. Whoever checks a receipt needs nothing else."""
+    """Public keys by their id. Whoever checks a receipt needs nothing else. `current`: the one that signs."""
 
-    def __init__(self, keys: Iterable[bytes] = ()) -> None:
+    def __init__(self, keys: Iterable[bytes] = (), current: str | None = None) -> None:
         self._keys = {key_id(raw): raw for raw in keys}
+        self.current = current if current in self._keys else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
@@ -69,6 +70,12 @@ class PublicKeys:
     @property
     def ids(self) -> list[str]:
         return sorted(self._keys)
+
+    def describe(self, name: str) -> str:
+        """A key as people tell it from its siblings."""
+        if self.current is None:
+            return f"key {name}, one of {len(self._keys)}" if len(self._keys) > 1 else f"key {name}"
+        return f"key {name}, {'the current one' if name == self.current else 'an earlier one'}"
 
     def verify(self, name: str, signature: bytes, message: bytes) -> bool:
         """Whether this key signed this message; False for a key that is not here."""
@@ -95,7 +102,10 @@ class PublicKeys:
         listed = value.get("keys", [value]) if isinstance(value, Mapping) else None
         if not isinstance(listed, list) or not listed:
             raise SigningError("public keys are JSON as the server gives at /v1/receipts/key")
-        return cls(_public_of(item) for item in listed)
+        current = value.get("current")
+        return cls(
+            (_public_of(item) for item in listed), current if isinstance(current, str) else None
+        )
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> PublicKeys:
@@ -137,8 +147,12 @@ class Signer:
     @classmethod
     def rotate(cls, folder: str | os.PathLike[str]) -> Signer:
         """A new private key; the old one is gone, its public key stays. Running servers sign with the old one
-        until they start again."""
+        until they start again. SigningError where there is no key yet."""
         folder = Path(folder)
+        if not (folder / PRIVATE).exists():
+            raise SigningError(
+                f"{folder} holds no signing key; the server makes one at its first start, so there is none to rotate"
+            )
         cls.open(folder)
         _make(folder, replace=True)
         return cls._load(folder)

@@ -122,13 +122,7 @@ class Quotas:
         account = self._account(caller.tenant)
         with account.lock:
             now = self.clock()
-            for kind, window, amount, limit in (
-                ("requests", account.requests, 1, limits.requests_per_minute),
-                ("tokens", account.tokens, tokens, limits.tokens_per_minute),
-            ):
-                if limit is not None and not window.fits(amount, limit, now):
-                    wait = window.wait_s(amount, limit, now)
-                    raise _over(kind, limit, wait, _headers(account, limits, now))
+            _check_minute(account, limits, tokens, now)
             account.requests.reserve(1)
             account.tokens.reserve(tokens)
             return Reservation(self, account, caller, tokens, now)
@@ -136,17 +130,23 @@ class Quotas:
     @contextmanager
     def hold(self, caller: Caller) -> Iterator[None]:
         """One of the tenant's concurrent requests for as long as the block runs, or QuotaError."""
-        account, limit = self._account(caller.tenant), caller.limits.max_concurrency
+        account = self._account(caller.tenant)
         with account.lock:
-            if limit is not None and account.num_held >= limit:
-                headers = _headers(account, caller.limits, self.clock())
-                raise _over("concurrency", limit, BUSY_RETRY_S, headers)
+            _check_held(account, caller.limits, self.clock())
             account.num_held += 1
         try:
             yield
         finally:
             with account.lock:
                 account.num_held -= 1
+
+    def check_room(self, caller: Caller) -> None:
+        """QuotaError if `hold` or a `reserve` of one token would be refused now; nothing is taken."""
+        account, limits = self._account(caller.tenant), caller.limits
+        with account.lock:
+            now = self.clock()
+            _check_held(account, limits, now)
+            _check_minute(account, limits, 1, now)
 
     def headers(self, caller: Caller) -> dict[str, str]:
         """x-ratelimit-* for a response; nothing for what is not limited."""
@@ -253,6 +253,24 @@ def _check_size(tokens: int, limits: Limits) -> None:
             code="request_too_large",
             status=400,
         )
+
+
+def _check_minute(account: Account, limits: Limits, tokens: int, now: float) -> None:
+    """Caller holds the account's lock."""
+    for kind, window, amount, limit in (
+        ("requests", account.requests, 1, limits.requests_per_minute),
+        ("tokens", account.tokens, tokens, limits.tokens_per_minute),
+    ):
+        if limit is not None and not window.fits(amount, limit, now):
+            wait = window.wait_s(amount, limit, now)
+            raise _over(kind, limit, wait, _headers(account, limits, now))
+
+
+def _check_held(account: Account, limits: Limits, now: float) -> None:
+    """Caller holds the account's lock."""
+    limit = limits.max_concurrency
+    if limit is not None and account.num_held >= limit:
+        raise _over("concurrency", limit, BUSY_RETRY_S, _headers(account, limits, now))
 
 
 def _over(kind: str, limit: int, wait: float | None, headers: dict[str, str]) -> QuotaError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, func, select
+from sqlalchemy.dialects import postgresql, sqlite
 
 from loramux.registry import tables as registry_tables
 from loramux.registry.db import begin, reading
@@ -62,8 +64,7 @@ class Tenancy:
         day = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%d")
         try:
             with begin(self.database) as connection:
-                for tenant, used in sorted(taken.items()):
-                    _add(connection, tenant, day, used)
+                _add(connection, day, taken)
         except BaseException:
             self.quotas.give_back(taken)
             raise
@@ -104,22 +105,14 @@ def kept_by(engine: Engine, tenant: str) -> tuple[int, int]:
     return int(num_bytes or 0), int(count)
 
 
-def _add(connection: Connection, tenant: str, day: str, used: Usage) -> None:
+def _add(connection: Connection, day: str, taken: Mapping[str, Usage]) -> None:
+    """All rows by one statement: one each kept the interpreter from the requests for a third of a second."""
     table = tables.usage
-    where = (table.c.tenant == tenant) & (table.c.day == day)
-    more = {
-        "requests": table.c.requests + used.requests,
-        "tokens": table.c.tokens + used.tokens,
-    }
-    if connection.execute(update(table).where(where).values(**more)).rowcount:
-        return
-    # Another process may insert the same row first: then its row is there to be added to.
-    with_row = connection.begin_nested()
-    try:
-        row = {"tenant": tenant, "day": day, "requests": used.requests, "tokens": used.tokens}
-        connection.execute(insert(table).values(**row))
-        with_row.commit()
-    except Exception:
-        with_row.rollback()
-        if not connection.execute(update(table).where(where).values(**more)).rowcount:
-            raise
+    dialect: Any = {"sqlite": sqlite, "postgresql": postgresql}[connection.dialect.name]
+    new = dialect.insert(table)
+    more = {name: table.c[name] + new.excluded[name] for name in ("requests", "tokens")}
+    rows = [
+        {"tenant": tenant, "day": day, "requests": used.requests, "tokens": used.tokens}
+        for tenant, used in sorted(taken.items())  # one order, or two processes wait for each other
+    ]
+    connection.execute(new.on_conflict_do_update(index_elements=["tenant", "day"], set_=more), rows)

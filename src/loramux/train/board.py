@@ -48,7 +48,7 @@ class TensorBoard(Listener):
             "train/learning_rate": event.lr,
             "train/grad_norm": event.grad_norm,
             "train/tokens_per_second": event.tokens_per_second,
-        }
+        } | {f"train/{name}": value for name, value in event.figures.items()}
         shares = event.step % SHARE_STEPS == 0 or event.step in (1, event.num_steps)
         records = trainer.handle.routing(event.job)
         if shares or len(records) <= FEW_ROUTERS:

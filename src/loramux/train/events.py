@@ -6,7 +6,7 @@ A listener reads; it never changes what is trained, so runs with and without lis
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ class StepEvent:
     """One optimizer step of one job. `loss` is the mean over its supervised tokens, without the auxiliary losses.
 
     tokens_per_second counts real tokens (no padding) over the last steps. is_logged: the step ends a history row.
+    figures: what the job's objective tells beside its loss (of DPO: accuracy, margin, rewards).
     """
 
     job: str
@@ -31,6 +32,7 @@ class StepEvent:
     tokens: int
     tokens_per_second: float
     is_logged: bool
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class Listener:
@@ -57,6 +59,9 @@ class Listener:
 
     def stopped(self, trainer: Trainer, job: str, status: str, reason: str) -> None:
         """A job is done, for whatever reason."""
+
+    def rounded(self, trainer: Trainer) -> None:
+        """After every round: each job that was to take a step has taken it, or has failed at it."""
 
     def finished(self, trainer: Trainer, results: Sequence[JobResult]) -> None:
         """After the last step of the last job, also when the run was interrupted or raised."""

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from loramux.data import Example, plan_batches
-from loramux.recipe import TrainingConfig
+from loramux.data.pairs import PER_PAIR, check_pairs
+from loramux.recipe import DpoConfig, TrainingConfig
 
 Status = Literal["running", "finished", "stopped_early", "failed", "cancelled"]
 
@@ -25,6 +26,9 @@ class Job:
 
     packing: several examples share a row of at most `sequence_len` tokens (default: the longest example).
     priority: among jobs that are trained together, the higher one goes first.
+    objective: None is the cross-entropy of the supervised tokens. With a `DpoConfig` examples come two by two, chosen
+    then rejected (`data.load_pairs`), a batch is counted in pairs, and `reference` is "base" or a frozen adapter on the
+    handle.
     """
 
     name: str
@@ -36,6 +40,7 @@ class Job:
     packing: bool = False
     sequence_len: int | None = None
     priority: int = 0
+    objective: DpoConfig | None = None
 
     def __post_init__(self) -> None:
         training = self.training
@@ -50,19 +55,36 @@ class Job:
             )
         if training.eval_every and not self.validation:
             raise ValueError(f"job {self.name!r}: eval_every needs validation data")
+        if self.objective is not None:
+            if self.packing:
+                raise ValueError(f"job {self.name!r}: pairs are not packed; set packing=False")
+            check_pairs(self.train, f"job {self.name!r}, training")
+            check_pairs(self.validation, f"job {self.name!r}, validation")
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Examples that stay together in a batch."""
+        return 1 if self.objective is None else PER_PAIR
+
+    @property
+    def num_units(self) -> int:
+        """What an epoch goes through: examples, or pairs of them."""
+        return len(self.train) // self.rows_per_unit
 
     def plan(self) -> list[list[int]]:
         """Indices of the examples of every micro-batch, from first to last."""
-        training = self.training
+        training, num = self.training, self.rows_per_unit
         steps = training.steps
-        return plan_batches(
-            [len(example) for example in self.train],
+        units = [range(i, i + num) for i in range(0, len(self.train), num)]
+        plan = plan_batches(
+            [max(len(self.train[i]) for i in unit) for unit in units],
             training.micro_batch_size,
             seed=self.seed,
             epochs=training.epochs,
             num_batches=None if steps is None else steps * training.gradient_accumulation_steps,
             group_by_length=training.group_by_length,
         )
+        return [[i for place in batch for i in units[place]] for batch in plan]
 
     def num_steps(self, plan: Sequence[Sequence[int]]) -> int:
         return math.ceil(len(plan) / self.training.gradient_accumulation_steps)
@@ -71,7 +93,13 @@ class Job:
         """What a checkpoint must share with the run that goes on from it, as plain JSON values."""
         training = self.training.model_dump(mode="json")
         training.pop("save_every")  # when states are written does not change what is trained
+        training.pop("offload_activations")  # nor does where activations wait
+        if self.training.stop is None:
+            training.pop("stop")
+        # Absent where there is none: runs from before there were objectives go on.
+        own = {} if self.objective is None else {"objective": self.objective.model_dump()}
         return {
+            **own,
             "training": training,
             "seed": self.seed,
             "packing": self.packing,
@@ -102,6 +130,7 @@ class JobState:
     best_loss / best_step: the lowest validation loss; num_bad: validations since then.
     window: (loss, aux) of the steps since the last history row.
     edits: what the adapter's controller did so far; control: what it needs to go on (see train/control.py).
+    stopping: what is kept of the losses where hopeless jobs are stopped (see train/stopping.py).
     seconds: time spent in steps, over all runs of the job; in no history, since it never repeats.
     """
 
@@ -117,6 +146,7 @@ class JobState:
     edits: list[dict[str, Any]] = field(default_factory=list)
     control: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    stopping: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -40,11 +40,13 @@ class RoutingLog(Listener):
 
     def joined(self, trainer: Trainer, runner: JobRunner) -> None:
         if trainer.out is not None:
-            _keep_until(trainer.folder(runner.job) / ROUTING, runner.state.step)
+            keep_until(trainer.folder(runner.job) / ROUTING, runner.state.step)
 
     def stepped(self, trainer: Trainer, event: StepEvent) -> None:
         if trainer.out is None or self._every.get(event.job) == 0:
             return
+        if trainer.team is not None and trainer.handle.dispatch.last is None:
+            return  # another process ran this job's micro-batches
         last = event.step == event.num_steps
         if event.job in self._every and not last and event.step % self._every[event.job]:
             return
@@ -104,8 +106,8 @@ def log_period(stats: Sequence[RouterStat], num_steps: int) -> int:
     return max(1, math.ceil(num_steps / lines))
 
 
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and a last one that was cut short."""
+def keep_until(path: Path, last: int, key: str = "step") -> None:
+    """Drop the lines after number `last` of this key, and a last one that was cut short."""
     if not path.exists():
         return
     kept = []
@@ -114,7 +116,7 @@ def _keep_until(path: Path, step: int) -> None:
             row = json.loads(line)
         except ValueError:
             break
-        if row["step"] > step:
+        if row[key] > last:
             break
         kept.append(line + "\n")
     part = path.with_name(path.name + ".part")

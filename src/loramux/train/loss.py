@@ -10,14 +10,15 @@ Letters: B rows, T tokens per row, D width, S supervised positions, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from loramux.core.batch import IGNORED_LABEL
+from loramux.ops.cross_entropy import token_losses
+from loramux.train.offload import Offload
 
 # What a collated batch may hold and a model call takes.
 _CALL_KEYS = ("input_ids", "attention_mask", "position_ids", "prompt_mask", "segment_ids")
@@ -28,6 +29,7 @@ class SupervisedForward:
 
     def __init__(self, model: nn.Module):
         self.model = model
+        self.offload: Offload | None = None  # where what backward needs waits, if not on the device
         self._where: tuple[Tensor, Tensor] | None = None
 
     @contextmanager
@@ -45,19 +47,27 @@ class SupervisedForward:
 
     def __call__(self, batch: Mapping[str, Any]) -> tuple[Tensor, int]:
         """(sum over supervised tokens, how many they are), from what `data.collate` makes."""
+        logits_SV, target_S = self.predictions(batch)
+        return sum_losses(logits_SV, target_S), target_S.shape[0]
+
+    def predictions(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """(logits [S, V] where there is a label, the labels [S]), row by row."""
         device = next(self.model.parameters()).device
         target_BT = batch["labels"][:, 1:]
         where = (target_BT != IGNORED_LABEL).nonzero(as_tuple=True)
         target_S = target_BT[where].to(device)
         rows, columns = where[0].to(device), where[1].to(device)
-        logits_SV = self.logits(forward_inputs(batch, device), (rows, columns))
-        return sum_losses(logits_SV, target_S), target_S.shape[0]
+        return self.logits(forward_inputs(batch, device), (rows, columns)), target_S
 
     def logits(self, inputs: Mapping[str, Any], where: tuple[Tensor, Tensor]) -> Tensor:
         """Logits [S, V] at the positions `where` (rows, columns) of a model call."""
         self._where = where
+        saving: AbstractContextManager[Any] = (
+            nullcontext() if self.offload is None else self.offload.saving()
+        )
         try:
-            logits: Tensor = self.model(**inputs, use_cache=False).logits
+            with saving:
+                logits: Tensor = self.model(**inputs, use_cache=False).logits
             if self._where is not None:  # a model whose head the hook did not reach
                 logits = logits[where]
         finally:
@@ -74,8 +84,7 @@ class SupervisedForward:
 
 def sum_losses(logits_SV: Tensor, target_S: Tensor) -> Tensor:
     """Cross-entropy in fp32 (fp64 stays), summed."""
-    wide_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-    return functional.cross_entropy(wide_SV, target_S, reduction="sum")
+    return token_losses(logits_SV, target_S).sum()
 
 
 def forward_inputs(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

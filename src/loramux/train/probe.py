@@ -16,6 +16,7 @@ from loramux.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loramux.api import Handle
     from loramux.core.method import Method, Probe
     from loramux.recipe import JobRecipe, Recipe
     from loramux.train.job import Job
@@ -30,14 +31,14 @@ def with_settings(
     jobs: Sequence[JobRecipe], out: Path, *, progress: bool = True, board: bool = True
 ) -> list[JobRecipe]:
     """The jobs with a setting for every one that needs one, made in `out` unless it is there already."""
-    asking = {job.name: method for job in jobs if (method := _asking(job)) is not None}
-    if not asking:
+    needing = {job.name: method for job in jobs if (method := asking(job)) is not None}
+    if not needing:
         return list(jobs)
     path = (out / SETTING).resolve()
     if not path.exists():
-        some = [job for job in jobs if job.name in asking]
-        probe = _shared(list(asking.values()))
-        _check(some, list(asking.values()))
+        some = [job for job in jobs if job.name in needing]
+        probe = _shared(list(needing.values()))
+        check_probes(some, list(needing.values()))
         recipe = probe_recipe(some, probe)
         log.info(
             "no setting is named: %s is trained first, in %s", probe.config.method, out / PROBE
@@ -45,10 +46,10 @@ def with_settings(
         from loramux.train.run import train_recipe
 
         train_recipe(recipe, out / PROBE, resume=True, progress=progress, board=board)
-        _write_setting(path, recipe, asking[some[0].name], probe, out / PROBE / "adapter")
+        _write_setting(path, recipe, needing[some[0].name], out / PROBE / "adapter")
         log.info("the setting is in %s; name it in method.setting to use it for other tasks", path)
     return [
-        job.model_copy(update={"method": _naming(job, str(path))}) if job.name in asking else job
+        job.model_copy(update={"method": _naming(job, str(path))}) if job.name in needing else job
         for job in jobs
     ]
 
@@ -83,10 +84,10 @@ def probe_recipe(jobs: Sequence[JobRecipe], probe: Probe) -> Recipe:
 
 
 def needs_probe(jobs: Sequence[JobRecipe]) -> bool:
-    return any(_asking(job) is not None for job in jobs)
+    return any(asking(job) is not None for job in jobs)
 
 
-def _check(jobs: Sequence[JobRecipe], methods: Sequence[Method]) -> None:
+def check_probes(jobs: Sequence[JobRecipe], methods: Sequence[Method]) -> None:
     """Whether a setting can serve every job, before the hours that a probe may take."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -106,13 +107,20 @@ def _check(jobs: Sequence[JobRecipe], methods: Sequence[Method]) -> None:
             raise RecipeError(f"job {job.name}: {error}") from None
 
 
-def _asking(job: JobRecipe) -> Method | None:
-    """The method of a job that needs a probe."""
+def asking(job: JobRecipe) -> Method | None:
+    """The method of a job that needs a probe; None for one that does not."""
     from loramux.methods import config_from_dict, load_method
 
     config = config_from_dict({"name": job.method.name, **job.method.fields})
     method = load_method(job.method.name)(config)
-    return None if method.probe() is None else method
+    if method.probe() is None:
+        return None
+    if job.objective is not None:
+        raise RecipeError(
+            f"job {job.name}: {method.title} trains a probe first, which learns no preferences; name a method.setting "
+            "that another run made"
+        )
+    return method
 
 
 def _shared(methods: Sequence[Method]) -> Probe:
@@ -135,7 +143,7 @@ def _naming(job: JobRecipe, path: str) -> Any:
     return job.method.model_copy(update={"setting": path})
 
 
-def _write_setting(path: Path, recipe: Recipe, method: Method, probe: Probe, adapter: Path) -> None:
+def _write_setting(path: Path, recipe: Recipe, method: Method, adapter: Path) -> None:
     import loramux
     from loramux.formats.jsonio import write_json
     from loramux.train.run import build_job, read_base, read_tokenizer
@@ -144,6 +152,15 @@ def _write_setting(path: Path, recipe: Recipe, method: Method, probe: Probe, ada
     built = build_job(job, read_tokenizer(job))
     model = read_base(job)
     handle = loramux.load(model, adapter)
+    write_json(path, setting_of(method, model, handle, job, built))
+
+
+def setting_of(
+    method: Method, model: Any, handle: Handle, job: JobRecipe, built: Job
+) -> dict[str, Any]:
+    """The setting that the probe in use on the handle leads to, scored on the job's examples."""
+    probe = method.probe()
+    assert probe is not None
     batches = held_out(built, probe.rows)
     made = method.score_probe(handle, batches)
     about = {
@@ -154,7 +171,7 @@ def _write_setting(path: Path, recipe: Recipe, method: Method, probe: Probe, ada
         },
         "seed": job.seed,
     }
-    write_json(path, {**made, **about})
+    return {**made, **about}
 
 
 def held_out(job: Job, rows: int) -> list[dict[str, Tensor]]:

@@ -105,7 +105,7 @@ class PlainProgress(Listener):
         from_step, since = self._started[event.job]
         left = (now - since) / (event.step - from_step) * (event.num_steps - event.step)
         self._write(
-            f"{event.job}: step {event.step}/{event.num_steps}  {_numbers(event)}  {_clock(left)} left"
+            f"{event.job}: step {event.step}/{event.num_steps}  {_numbers(event)}  {clock(left)} left"
         )
 
     def validated(self, trainer: Trainer, job: str, step: int, loss: float, is_best: bool) -> None:
@@ -125,7 +125,7 @@ def _numbers(event: StepEvent) -> str:
     return f"loss {event.loss:.4f}{aux}  lr {event.lr:.1e}  {event.tokens_per_second:,.0f} tok/s"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

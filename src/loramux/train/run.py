@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +20,12 @@ from loramux.train.checkpoint import CheckpointError, refuse_other
 from loramux.train.events import Listener
 from loramux.train.job import Job
 from loramux.train.probe import PROBE, SETTING, needs_probe, with_settings
+from loramux.train.watch import displays, stopped_by_signals
 
 if TYPE_CHECKING:
     from loramux.api import Handle
     from loramux.recipe import JobRecipe, Recipe
+    from loramux.train.parallel import Group
     from loramux.train.trainer import JobResult, Trainer
 
 log = logging.getLogger(__name__)
@@ -43,6 +42,8 @@ OWN = (
     "routing.jsonl",
     "setting.json",
     "tensorboard",
+    "timeline.jsonl",
+    "trace.jsonl",
 )
 
 
@@ -57,6 +58,7 @@ def train_recipe(
     progress: bool = True,
     callbacks: Sequence[Listener] = (),
     board: bool = True,
+    shard_base: bool = False,
 ) -> dict[str, Any]:
     """Train every job of a recipe and write adapters, histories and logs to `out`.
 
@@ -65,44 +67,98 @@ def train_recipe(
     after the current step with a resumable state, and raises KeyboardInterrupt. board: False writes no TensorBoard
     files and no log of the routing, whose cost would be part of a measured training.
     Returns {"out", "adapter", "steps", "train_loss", "val_loss", "seconds", "tokens_per_second", "jobs": [...]}; with
-    several jobs the losses and the adapter are under "jobs" only.
+    several jobs the losses and the adapter are under "jobs" only. Started by torchrun or accelerate, the processes
+    share the work; the first one writes, and all return the same. shard_base: each of them holds a part of the base.
     """
-    start = time.perf_counter()
-    out = Path(out)
+    from loramux.train.parallel import connected
+
+    def begin() -> tuple[bool, dict[str, Any] | None]:
+        return _begin(recipe, Path(out), resume)
+
+    def shown() -> list[Listener]:
+        return [*displays(Path(out), progress, board, recipe.joint is not None), *callbacks]
+
+    with connected(shard_base) as group:
+        is_new, done = begin() if group is None else group.first(begin)
+        if done is not None:
+            return dict(done)
+        listeners = shown() if group is None or group.is_first else []
+
+        def settled() -> list[JobRecipe]:
+            return with_settings(recipe.jobs_resolved(), Path(out), progress=progress, board=board)
+
+        return _train(recipe, Path(out), resume, listeners, is_new, settled, group)
+
+
+def _begin(recipe: Recipe, out: Path, resume: bool) -> tuple[bool, dict[str, Any] | None]:
+    """Claim the folder: (whether the run is new, its result if it is complete)."""
     jobs = recipe.jobs_resolved()
     is_new = not (out / RUN).exists()
     _claim(out, jobs, resume)
     done = _result_of(out)
-    if done is not None:
+    if done is not None and not (recipe.joint and _is_asked_for_more(out)):
         log.info("%s: this run is complete; nothing to do", out)
-        return done
-    listeners = [*_displays(out, progress, board), *callbacks]
+        return is_new, done
+    (out / RESULT).unlink(missing_ok=True)
+    return is_new, None
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    resume: bool,
+    listeners: Sequence[Listener],
+    is_new: bool,
+    settled: Callable[[], list[JobRecipe]],
+    group: Group | None,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    is_first = group is None or group.is_first
     try:
-        jobs = with_settings(jobs, out, progress=progress, board=board)
+        if group is not None:
+            group.first(lambda: _made_ready(settled))
+        jobs = settled()
         trainer = (
-            build_trainer(jobs, out, resume, listeners)
+            build_trainer(jobs, out, resume, listeners, group)
             if recipe.joint is None
-            else build_joint_trainer(recipe, jobs, out, resume, listeners)
+            else build_joint_trainer(recipe, jobs, out, resume, listeners, group)
         )
     except ValueError:
-        if is_new:  # a recipe that is put right must not be another run
+        if is_new and is_first:  # a recipe that is put right must not be another run
             (out / RUN).unlink()
             (out / SETTING).unlink(missing_ok=True)
         raise
-    with _stopped_by_signals(trainer) as was_stopped, trainer.listening():
+    with stopped_by_signals(trainer) as was_stopped, trainer.listening():
         results = trainer.run()
-    if was_stopped() and any(result.status == "running" for result in results):
+    if (was_stopped() or (group and trainer.is_stopping)) and any(
+        result.status == "running" for result in results
+    ):
         log.info("interrupted; the same command with resume goes on after step %d", trainer.round)
         raise KeyboardInterrupt
-    result = summary(out, results, time.perf_counter() - start)
-    _write(out / RESULT, result)
+    result = summary(out, results, time.perf_counter() - start) | trainer.figures()
+    if group is not None:
+        result = group.of_first(result)  # the others know no folders
+    if is_first:
+        _write(out / RESULT, result)
     if all(result.status == "failed" for result in results):
         raise TrainingError("; ".join(f"job {r.name}: {r.reason}" for r in results))
     return result
 
 
+def _made_ready(settled: Callable[[], list[JobRecipe]]) -> None:
+    """What only one process may do: fetch the base, train probes."""
+    from loramux.fetch import resolve_base
+
+    job = settled()[0]
+    resolve_base(job.base, dtype=job.dtype)
+
+
 def build_trainer(
-    jobs: Sequence[JobRecipe], out: Path, resume: bool, listeners: Sequence[Listener]
+    jobs: Sequence[JobRecipe],
+    out: Path,
+    resume: bool,
+    listeners: Sequence[Listener],
+    group: Group | None = None,
 ) -> Trainer:
     """Load the base and the data, attach every job's adapter."""
     from loramux.train.trainer import Trainer
@@ -112,7 +168,7 @@ def build_trainer(
     built = [build_job(job, tokenizer) for job in jobs]
     model = read_base(jobs[0])
     handle = attach_jobs(model, jobs)
-    return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners)
+    return Trainer(model, handle, built, out=out, resume=resume, listeners=listeners, group=group)
 
 
 def build_joint_trainer(
@@ -121,6 +177,7 @@ def build_joint_trainer(
     out: Path,
     resume: bool,
     listeners: Sequence[Listener],
+    group: Group | None = None,
 ) -> Trainer:
     """The same for jobs that share model calls, with what lets further ones in while it runs."""
     from loramux.train.joint.run import joint_trainer
@@ -131,7 +188,15 @@ def build_joint_trainer(
     model = read_base(jobs[0])
     handle = attach_jobs(model, jobs)
     return joint_trainer(
-        recipe, built, model, handle, tokenizer, out=out, resume=resume, listeners=listeners
+        recipe,
+        built,
+        model,
+        handle,
+        tokenizer,
+        out=out,
+        resume=resume,
+        listeners=listeners,
+        group=group,
     )
 
 
@@ -152,25 +217,28 @@ def read_base(job: JobRecipe) -> Any:
     from transformers import AutoModelForCausalLM
 
     from loramux.fetch import reading_base, resolve_base
+    from loramux.train.parallel import local_device
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
     base = resolve_base(job.base, dtype=job.dtype)
     with reading_base(job.base):
         model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, job.dtype))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(local_device()).eval()
 
 
 def build_job(job: JobRecipe, tokenizer: Any) -> Job:
     """The examples of one job with everything the trainer wants to know about it."""
-    from loramux.data import load_examples
+    from loramux.data import load_examples, load_pairs
+    from loramux.train.references import named_objective
 
     data = job.data
+    load = load_examples if job.objective is None else load_pairs
     splits = [
         [
             example
             for source in sources
-            for example in load_examples(source, tokenizer, data.template, data.sequence_len)
+            for example in load(source, tokenizer, data.template, data.sequence_len)
         ]
         for sources in (data.train, data.validation)
     ]
@@ -185,6 +253,7 @@ def build_job(job: JobRecipe, tokenizer: Any) -> Job:
         packing=data.packing,
         sequence_len=data.sequence_len,
         priority=job.priority,
+        objective=named_objective(job),
     )
 
 
@@ -193,6 +262,7 @@ def attach_jobs(model: Any, jobs: Sequence[JobRecipe]) -> Handle:
     import torch
 
     import loramux
+    from loramux.train.references import load_reference, start_folder
 
     handle: Handle | None = None
     for job in jobs:
@@ -201,18 +271,31 @@ def attach_jobs(model: Any, jobs: Sequence[JobRecipe]) -> Handle:
             continue
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
-            handle = loramux.attach(model, _config_of(job), name=job.name)
+            start = start_folder(job)
+            handle = (
+                loramux.attach(model, _config_of(job), name=job.name)
+                if start is None
+                else loramux.load(model, start, name=job.name, trainable=True)
+            )
+        load_reference(handle, job)
     assert handle is not None
     return handle
 
 
 def add_job(handle: Handle, job: JobRecipe) -> None:
-    """One more adapter."""
+    """One more adapter, and the reference of its preferences."""
     import torch
+
+    from loramux.train.references import load_reference, start_folder
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        handle.add(_config_of(job), name=job.name)
+        start = start_folder(job)
+        if start is None:
+            handle.add(_config_of(job), name=job.name)
+        else:
+            handle.load(start, name=job.name, trainable=True)
+    load_reference(handle, job)
 
 
 def _config_of(job: JobRecipe) -> Any:
@@ -289,42 +372,14 @@ def _result_of(out: Path) -> dict[str, Any] | None:
     return result if whole and not failed else None
 
 
+def _is_asked_for_more(out: Path) -> bool:
+    """Whether a job waits in the queue of a joint run."""
+    from loramux.train.joint.queue import waiting_files
+
+    return bool(waiting_files(out))
+
+
 def _write(path: Path, value: Any) -> None:
     from loramux.formats.jsonio import write_json
 
     write_json(path, value)
-
-
-# --- Who watches, and who interrupts -----------------------------------------------------------------
-
-
-def _displays(out: Path, progress: bool, board: bool) -> list[Listener]:
-    from loramux.train.board import TensorBoard
-    from loramux.train.logs import RoutingLog
-    from loramux.train.progress import make_progress
-
-    shown = [make_progress()] if progress else []
-    logs: list[Listener] = [TensorBoard(out / "tensorboard"), RoutingLog()] if board else []
-    return [*logs, *shown]
-
-
-@contextmanager
-def _stopped_by_signals(trainer: Trainer) -> Iterator[Any]:
-    """Inside, the first Ctrl-C or SIGTERM asks the trainer to stop; a second Ctrl-C interrupts at once."""
-    seen: list[int] = []
-
-    def ask(number: int, frame: Any) -> None:
-        if seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        seen.append(number)
-        trainer.stop()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -6,23 +6,24 @@ whole step -> plus auxiliary losses, weighted by the micro-batch's share of thos
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from loramux.core.batch import supervised_share
 from loramux.data import Example, collate
 from loramux.train.attention import fastest_attention
 from loramux.train.control import Control, Schedule
 from loramux.train.events import StepEvent
 from loramux.train.job import Job, JobState
 from loramux.train.loss import SupervisedForward, num_tokens
+from loramux.train.objective import means_of, objective_of
 from loramux.train.optim import (
     clip,
     load_optimizer_tensors,
@@ -31,7 +32,8 @@ from loramux.train.optim import (
     optimizer_tensors,
     set_lr,
 )
-from loramux.train.rng import running_with, seeded_states
+from loramux.train.rng import States, running_with, seeded_states
+from loramux.train.stopping import Stopping
 
 if TYPE_CHECKING:
     from loramux.api import Handle
@@ -48,6 +50,7 @@ class JobRunner:
         self.model = model
         self.handle = handle
         self.forward = forward
+        self.objective = objective_of(job, handle, forward)
         self.adapter = handle.adapters[job.name]
         self._check_tasks()
         some = next(model.parameters())
@@ -93,9 +96,7 @@ class JobRunner:
     def step(self) -> StepEvent | None:
         """Train one step; None if it failed: the job then has the weights of the step before."""
         start = time.perf_counter()
-        examples = self.begin_step()
-        with running_with(self.rng, self.device):
-            sums, tokens = self._accumulate(examples)
+        sums, tokens = self.accumulate(self.begin_step())
         return self.finish_step(sums, tokens, time.perf_counter() - start)
 
     def begin_step(self) -> list[list[Example]]:
@@ -105,13 +106,14 @@ class JobRunner:
         return [[self.job.train[i] for i in part] for part in self.next_micro_batches()]
 
     def finish_step(self, sums: Tensor, tokens: int, seconds: float) -> StepEvent | None:
-        """Use the gradients that lie at the parameters. sums: [loss, auxiliary loss]; seconds: what they took."""
+        """Use the gradients that lie at the parameters. sums: [loss, auxiliary loss, figures]; seconds: they took."""
         start = time.perf_counter()
         state, training = self.state, self.job.training
         factor = lr_factor(state.step, self.num_steps, training.scheduler, training.warmup_ratio)
         lr = self.peak_lr * factor
         norm = clip(self.parameters, training.max_grad_norm)
-        loss, aux, grad_norm = torch.cat([sums, norm.to(sums.dtype).reshape(1)]).tolist()
+        found = torch.cat([sums, norm.to(sums.dtype).reshape(1)]).tolist()
+        loss, aux, *figures, grad_norm = found
         if not (math.isfinite(loss) and math.isfinite(aux) and math.isfinite(grad_norm)):
             self._fail(loss, aux, lr)
             return None
@@ -120,7 +122,7 @@ class JobRunner:
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         state.tokens += tokens
-        state.window.append([loss, aux])
+        state.window.append([loss, aux, *figures])
         self._edit(lambda: self.control.after_step(state.step))
         is_logged = state.step % training.log_every == 0 or state.step == self.num_steps
         if is_logged:
@@ -139,36 +141,58 @@ class JobRunner:
             tokens=state.tokens,
             tokens_per_second=sum(t for t, _ in self._recent) / sum(s for _, s in self._recent),
             is_logged=is_logged,
+            figures=dict(zip(self.objective.figures, figures, strict=True)),
         )
 
-    def _accumulate(self, examples: Sequence[Sequence[Example]]) -> tuple[Tensor, int]:
-        """Gradients of one step: ([loss, auxiliary loss] of the step, tokens it saw)."""
-        total = sum(example.num_supervised for part in examples for example in part)
-        sums = torch.zeros(2, device=self.device)
+    def accumulate(
+        self, examples: Sequence[Sequence[Example]], mine: Container[int] | None = None
+    ) -> tuple[Tensor, int]:
+        """Gradients of one step: ([loss, auxiliary loss, figures] of the step, tokens it saw). mine: the numbers of the
+        micro-batches to run, None for all."""
+        total = sum(self.objective.weight(part) for part in examples)
+        sums = self.no_sums()
         tokens = 0
-        for part in examples:
-            batch = self.collate(part)
-            with fastest_attention(self.device, self.dtype, batch["input_ids"].shape[1]):
-                loss, aux = self._backward(batch, total)
-            sums += torch.stack([loss, aux]).to(sums.dtype)
+        for number, part in enumerate(examples):
+            if mine is not None and number not in mine:
+                continue
+            batch = self.objective.complete(self.collate(part), part)
+            width = batch["input_ids"].shape[1]
+            with (
+                running_with(self.rng_of(number), self.device),
+                fastest_attention(self.device, self.dtype, width),
+            ):
+                sums += self._backward(batch, total).to(sums.dtype)
             tokens += num_tokens(batch)
         return sums, tokens
 
-    def _backward(self, batch: Mapping[str, Tensor], total: int) -> tuple[Tensor, Tensor]:
-        """(loss, auxiliary loss) of one micro-batch, each its share of a step with `total` supervised tokens."""
-        loss_sum, _ = self.forward(batch)
+    def rng_of(self, number: int) -> States:
+        """The generators of micro-batch `number` of the next step: the job's own for the first. Further ones depend on
+        none before them, so that they may run anywhere."""
+        if number == 0:
+            return self.rng
+        text = f"{self.job.seed} {self.state.step} {number}".encode()
+        seed = int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+        return seeded_states(seed, self.device)
+
+    def no_sums(self) -> Tensor:
+        """[loss, auxiliary loss, figures] before anything was added."""
+        return torch.zeros(2 + len(self.objective.figures), device=self.device)
+
+    def _backward(self, batch: Mapping[str, Any], total: int) -> Tensor:
+        """[loss, auxiliary loss, figures] of one micro-batch, each its share of a step that weighs `total`."""
+        loss_sum, figures_K = self.objective.loss(batch, *self.forward.predictions(batch))
         loss = loss_sum / total
-        share = supervised_share({"labels": batch["labels"], "num_items_in_batch": total})
+        share = self.objective.share(batch, total)
         aux = share * sum(self.handle.aux_losses(self.job.name).values(), loss.new_zeros(()))
         (loss + aux).backward()
-        return loss.detach(), aux.detach()
+        return means_of(loss.detach(), aux.detach(), figures_K / total)
 
     def next_micro_batches(self) -> list[list[int]]:
         """Indices of the examples of the next step."""
         size = self.job.training.gradient_accumulation_steps
         return self.plan[self.state.step * size : (self.state.step + 1) * size]
 
-    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
         """The tensors of one micro-batch."""
         job = self.job
         return collate(examples, job.pad_token_id, packing=job.packing, max_len=job.sequence_len)
@@ -183,14 +207,26 @@ class JobRunner:
 
     def fail(self, what: str, hint: str) -> None:
         """Stop the job with the weights of its last whole step."""
+        self.stop_failed(f"{what}; the weights of step {self.state.step} are kept. {hint}")
+
+    def stop_failed(self, reason: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        self.state.status = "failed"
-        self.state.reason = f"{what}; the weights of step {self.state.step} are kept. {hint}"
+        self.state.status, self.state.reason = "failed", reason
+
+    def why_hopeless(self, loss: float) -> str:
+        """Why a job that asked for it should stop after its last step, or ""."""
+        config, state = self.job.training.stop, self.state
+        if config is None:
+            return ""
+        rule = Stopping(config, self.num_steps, state.stopping)
+        state.stopping = rule.state
+        return rule.after_step(state.step, loss)
 
     def _log(self, lr: float, grad_norm: float) -> None:
         """A history row: means over the steps since the last one. No times: a resumed run must write the same rows."""
         state = self.state
-        loss, aux = (sum(column) / len(state.window) for column in zip(*state.window, strict=True))
+        columns = zip(*state.window, strict=True)
+        loss, aux, *figures = (sum(column) / len(state.window) for column in columns)
         row = {
             "step": state.step,
             "loss": loss,
@@ -200,6 +236,7 @@ class JobRunner:
         }
         if any(entry[1] for entry in state.window):
             row["aux"] = aux
+        row |= zip(self.objective.figures, figures, strict=True)
         state.history.append(row)
         state.window = []
 
@@ -207,7 +244,7 @@ class JobRunner:
 
     def _schedule(self) -> Schedule:
         training = self.job.training
-        batches = math.ceil(len(self.job.train) / training.micro_batch_size)
+        batches = math.ceil(self.job.num_units / training.micro_batch_size)
         per_epoch = batches / training.gradient_accumulation_steps
         return Schedule(self.num_steps, per_epoch, self.peak_lr)
 
@@ -232,7 +269,7 @@ class JobRunner:
             log.info(
                 "job %s has no validation data: its ranks are scored on training data", job.name
             )
-        pool = job.validation or job.train
+        pool = (job.validation or job.train)[:: job.rows_per_unit]  # of a pair the chosen answer
         chosen = [pool[i] for i in torch.randperm(len(pool), generator=generator)[:num].tolist()]
         size = job.training.micro_batch_size
         parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -241,12 +278,14 @@ class JobRunner:
     # --- Validation -----------------------------------------------------------------------------
 
     def validate(self) -> tuple[float, bool]:
-        """(mean loss over the supervised validation tokens, whether it is the lowest so far)."""
-        loss = self._validation_loss()
+        """(mean loss over the validation data, whether it is the lowest so far)."""
+        loss, *figures = self._validation_means()
         state = self.state
         if not state.history or state.history[-1]["step"] != state.step:
             state.history.append({"step": state.step})
         state.history[-1]["val_loss"] = loss
+        for name, value in zip(self.objective.figures, figures, strict=True):
+            state.history[-1][f"val_{name}"] = value
         is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
             state.best_loss, state.best_step, state.num_bad = loss, state.step, 0
@@ -257,20 +296,22 @@ class JobRunner:
         return loss, is_best
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        size = self.job.training.micro_batch_size
-        rows = sorted(self.job.validation, key=len)
+    def _validation_means(self) -> list[float]:
+        """[loss, figures...] over the validation data."""
+        size, objective = self.job.training.micro_batch_size, self.objective
         self.handle.use(self.job.name)
         self.model.eval()
-        total, count = 0.0, 0
+        total, count = [0.0] * (1 + len(objective.figures)), 0
         # A copy: how often a run validates must not change what it draws in training.
         with running_with(dict(self.rng), self.device):
-            for start in range(0, len(rows), size):
-                loss_sum, num = self.forward(self.collate(rows[start : start + size]))
-                total += loss_sum.item()
-                count += num
+            for rows in objective.batches(self.job.validation, size):
+                batch = objective.complete(self.collate(rows), rows)
+                loss, figures_K = objective.loss(batch, *self.forward.predictions(batch))
+                found = [loss.item(), *figures_K.tolist()]
+                total = [so_far + more for so_far, more in zip(total, found, strict=True)]
+                count += objective.weight(rows)
         self.model.train()
-        return total / count
+        return [value / count for value in total]
 
     # --- What is written down -------------------------------------------------------------------
 
@@ -331,6 +372,8 @@ class JobRunner:
             "rng": dict(self.rng),
             "control": self.control.tensors(),
         }
+        if own := self.objective.tensors():
+            groups["objective"] = own
         if self.best is not None:
             groups["best"] = self.best
         return groups
@@ -343,3 +386,4 @@ class JobRunner:
         self.rng = dict(groups["rng"])
         self.best = dict(groups["best"]) if "best" in groups else None
         self.control.restore(self.state.control, groups.get("control", {}))
+        self.objective.restore(groups.get("objective", {}))

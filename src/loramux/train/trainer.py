@@ -16,11 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from loramux.ops.heap import keeping
 from loramux.train.checkpoint import CheckpointError, CheckpointStore, refuse_other
 from loramux.train.events import Listener, StepEvent
 from loramux.train.job import Job, Status
 from loramux.train.loss import SupervisedForward
+from loramux.train.offload import Offload
 from loramux.train.packing import check_packing
+from loramux.train.parallel.group import Group
+from loramux.train.parallel.team import Team
 from loramux.train.runner import JobRunner
 
 if TYPE_CHECKING:
@@ -66,6 +70,7 @@ class Trainer:
         out: Path | None = None,
         resume: bool = False,
         listeners: Sequence[Listener] = (),
+        group: Group | None = None,
     ):
         names = [job.name for job in jobs]
         if not jobs or len(set(names)) != len(names):
@@ -85,7 +90,8 @@ class Trainer:
         self.out = out
         self.listeners = tuple(listeners)
         self.forward = SupervisedForward(model)
-        self.runners = [JobRunner(job, model, handle, self.forward) for job in jobs]
+        self.team = None if group is None else Team(group)
+        self.runners = [self._runner(job) for job in jobs]
         self.round = 0
         self._stop = False
         self._saved_at = time.monotonic()
@@ -93,6 +99,18 @@ class Trainer:
         self._identity: dict[str, Any] | None = None
         if self.store is not None:
             self._restore(self.store, resume)
+            self._leave_writing()
+
+    def _runner(self, job: Job) -> JobRunner:
+        runner = JobRunner(job, self.model, self.handle, self.forward)
+        if self.team is not None:
+            self.team.take_in(runner)
+        return runner
+
+    def _leave_writing(self) -> None:
+        """To the first process; the others have read what there was."""
+        if self.team is not None and not self.team.group.is_first:
+            self.out = self.store = None
 
     # --- The loop -------------------------------------------------------------------------------
 
@@ -102,10 +120,13 @@ class Trainer:
         self._saved_at = time.monotonic()
         with self.training_mode():
             self._tell("started")
+            if self.team is not None:
+                self.team.begin(self)
             try:
-                while not self._stop and self._is_open():
+                while not self.is_stopping and self._is_open():
                     self.round += 1
                     self.take_round()
+                    self._tell("rounded")
                     self._checkpoint_if_due()
             finally:
                 results = self.results()
@@ -115,6 +136,10 @@ class Trainer:
     def results(self) -> list[JobResult]:
         """How each job stands."""
         return [self._result(runner) for runner in self.runners]
+
+    def figures(self) -> dict[str, Any]:
+        """What the results say of all jobs together, beside their sums."""
+        return {}
 
     def _is_open(self) -> bool:
         """Whether there is, or may come, anything to train."""
@@ -126,13 +151,23 @@ class Trainer:
 
     def stop(self) -> None:
         """End after the current round; a resumable state is written first."""
-        self._stop = True
+        if self.team is None:
+            self._stop = True
+        else:
+            self.team.wants_stop = True  # until all processes know
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether this round is the last."""
+        return self._stop or (self.team is not None and self.team.is_stopping)
 
     def take_round(self) -> None:
         """One step of every job that is running."""
         for runner in self.runners:
             if runner.is_running:
-                self._follow_up(runner, runner.step())
+                team = self.team
+                event = runner.step() if team is None else team.step(self.round, runner)
+                self._follow_up(runner, event)
 
     def _follow_up(self, runner: JobRunner, event: StepEvent | None) -> None:
         """What is due after a step; None: it failed."""
@@ -148,11 +183,14 @@ class Trainer:
             return
         is_last = state.step == runner.num_steps
         every = job.training.eval_every
+        hopeless = "" if is_last else runner.why_hopeless(event.loss)
         if job.validation and (is_last or (every and state.step % every == 0)):
             self._validate(runner)
         patience = job.training.early_stopping_patience
         if not runner.is_running:
             pass  # it failed at its validation
+        elif hopeless:
+            state.status, state.reason = "stopped_early", hopeless
         elif patience and state.num_bad >= patience and not is_last:
             state.status = "stopped_early"
             state.reason = f"no better validation loss since step {state.best_step}"
@@ -170,11 +208,15 @@ class Trainer:
     def _end(self, runner: JobRunner) -> None:
         """Keep the best weights and write the adapter."""
         runner.use_best()
+        if self.team is not None:
+            self.team.same_weights([runner])
         undone = runner.take_edits()
         if undone:
             self._tell("edited", runner.job.name, undone)
         if self.out is not None and runner.is_finite():
             self.handle.save(self.folder(runner.job) / "adapter", name=runner.job.name)
+        elif self.out is not None:
+            runner.state.reason += "; no adapter is written, for these weights are not finite"
         if self.out is not None:
             self._write_history(runner)
         self._tell("stopped", runner.job.name, runner.state.status, runner.state.reason)
@@ -194,7 +236,7 @@ class Trainer:
     def _checkpoint_if_due(self) -> None:
         if self.store is None:
             return
-        over = self._stop or not self._is_open()
+        over = self.is_stopping or not self._is_open()
         if over or self._is_due():
             self.checkpoint()
 
@@ -297,6 +339,7 @@ class Trainer:
         """Training mode, logits only at labels, activation checkpointing if asked for; all undone at the end."""
         before, active = self.model.training, self.handle.dispatch.active
         with ExitStack() as stack:
+            stack.enter_context(keeping())
             stack.enter_context(self.forward.hooked())
             # An adapter may be taken off when its job has ended.
             stack.callback(
@@ -309,6 +352,9 @@ class Trainer:
                     gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
                 stack.callback(model.gradient_checkpointing_disable)
+            if any(runner.job.training.offload_activations for runner in self.runners):
+                self.forward.offload = Offload(self.model)
+                stack.callback(setattr, self.forward, "offload", None)
             self.model.train()
             yield
 

@@ -13,6 +13,7 @@ from loramux.server.auth import CallerDep, ServicesDep
 from loramux.server.bodies import ChatBody
 from loramux.server.calls import Call
 from loramux.server.choosing import choose
+from loramux.server.express import Lane
 from loramux.server.routes.common import (
     ANSWERS,
     answer_whole,
@@ -23,39 +24,42 @@ from loramux.server.routes.common import (
     words_of,
 )
 
+PATH = "/v1/chat/completions"
+
 
 def router() -> APIRouter:
     """The one route."""
     routes = APIRouter(tags=["inference"])
-
-    @routes.post("/v1/chat/completions", summary="Answer a conversation", responses=ANSWERS)
-    async def chat(
-        body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep
-    ) -> Response:
-        config = request.app.state.config
-        body.check_extras()
-        params = asking.chat_params(body, config.limits)
-        model = asking.model_of(body, config.name)
-        asked, prompt = await beside(
-            asking.check_size(
-                (message.text for message in body.messages), config.limits, "messages"
-            ),
-            lambda: asking.chat_prompt(services.tokenizer, body, config.limits),
-        )
-        is_default = body.max_tokens is None and body.max_completion_tokens is None
-        params = asking.fit([prompt], params, services.max_length, is_default)
-        call = call_of(
-            request, services, caller,
-            lambda: choose(services, config, model, asked, caller), [prompt], params,
-        )  # fmt: skip
-        words = words_of(request)
-        if body.stream:
-            return await stream_call(
-                request, call, lambda: _chunks(call, body, words), wants_usage=body.wants_usage
-            )
-        return await answer_whole(request, call, lambda: _whole(call, body, words))
-
+    routes.post(PATH, summary="Answer a conversation", responses=ANSWERS)(chat)
     return routes
+
+
+async def chat(
+    body: ChatBody, request: Request, services: ServicesDep, caller: CallerDep
+) -> Response:
+    config = request.app.state.config
+    body.check_extras()
+    params = asking.chat_params(body, config.limits)
+    model = asking.model_of(body, config.name)
+    asked, prompt = await beside(
+        asking.check_size((message.text for message in body.messages), config.limits, "messages"),
+        lambda: asking.chat_prompt(services.tokenizer, body, config.limits),
+    )
+    is_default = body.max_tokens is None and body.max_completion_tokens is None
+    params = asking.fit([prompt], params, services.max_length, is_default)
+    call = call_of(
+        request, services, caller,
+        lambda: choose(services, config, model, asked, caller), [prompt], params,
+    )  # fmt: skip
+    words = words_of(request)
+    if body.stream:
+        return await stream_call(
+            request, call, lambda: _chunks(call, body, words), wants_usage=body.wants_usage
+        )
+    return await answer_whole(request, call, lambda: _whole(call, body, words))
+
+
+LANE = Lane(PATH, ChatBody, chat)
 
 
 def _head(call: Call, kind: str) -> dict[str, Any]:

@@ -131,7 +131,8 @@ async def _events(
             async for chunk in source:
                 if held is not None:
                     yield event(held)
-                held = chunk
+                # As OpenAI has it: null until the last chunk, which has the usage.
+                held = {**chunk, "usage": None} if wants_usage else chunk
         for chunk in _last_chunks(call, held, wants_usage):
             yield event(chunk)
         yield DONE

@@ -18,6 +18,7 @@ from loramux.server.auth import CallerDep, ServicesDep
 from loramux.server.bodies import CompletionBody
 from loramux.server.calls import Call
 from loramux.server.choosing import choose
+from loramux.server.express import Lane
 from loramux.server.routes.common import (
     ANSWERS,
     answer_whole,
@@ -28,37 +29,42 @@ from loramux.server.routes.common import (
     words_of,
 )
 
+PATH = "/v1/completions"
+
 
 def router() -> APIRouter:
     """The one route."""
     routes = APIRouter(tags=["inference"])
-
-    @routes.post("/v1/completions", summary="Continue texts", responses=ANSWERS)
-    async def completions(
-        body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep
-    ) -> Response:
-        config = request.app.state.config
-        body.check_extras()
-        params = asking.completion_params(body, config.limits)
-        model = asking.model_of(body, config.name)
-        given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        asked, prompts = await beside(
-            asking.check_size((p for p in given if isinstance(p, str)), config.limits, "prompt"),
-            lambda: asking.completion_prompts(services.tokenizer, body, config.limits),
-        )
-        params = asking.fit(prompts, params, services.max_length, body.max_tokens is None)
-        call = call_of(
-            request, services, caller,
-            lambda: choose(services, config, model, asked, caller), prompts, params,
-        )  # fmt: skip
-        texts = _Texts(services.tokenizer, words_of(request))
-        if body.stream:
-            return await stream_call(
-                request, call, lambda: _chunks(call, body, texts), wants_usage=body.wants_usage
-            )
-        return await answer_whole(request, call, lambda: _whole(call, body, texts))
-
+    routes.post(PATH, summary="Continue texts", responses=ANSWERS)(completions)
     return routes
+
+
+async def completions(
+    body: CompletionBody, request: Request, services: ServicesDep, caller: CallerDep
+) -> Response:
+    config = request.app.state.config
+    body.check_extras()
+    params = asking.completion_params(body, config.limits)
+    model = asking.model_of(body, config.name)
+    given = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+    asked, prompts = await beside(
+        asking.check_size((p for p in given if isinstance(p, str)), config.limits, "prompt"),
+        lambda: asking.completion_prompts(services.tokenizer, body, config.limits),
+    )
+    params = asking.fit(prompts, params, services.max_length, body.max_tokens is None)
+    call = call_of(
+        request, services, caller,
+        lambda: choose(services, config, model, asked, caller), prompts, params,
+    )  # fmt: skip
+    texts = _Texts(services.tokenizer, words_of(request))
+    if body.stream:
+        return await stream_call(
+            request, call, lambda: _chunks(call, body, texts), wants_usage=body.wants_usage
+        )
+    return await answer_whole(request, call, lambda: _whole(call, body, texts))
+
+
+LANE = Lane(PATH, CompletionBody, completions)
 
 
 class _Texts:

@@ -34,7 +34,7 @@ def router() -> APIRouter:
         config = request.app.state.config
         found = await services.names.visible(caller, services.base_digest)
         # In order of their names, so that a page follows the one before whatever is published meanwhile.
-        versions = sorted(found.by_ref.values(), key=_order)
+        versions = sorted(found, key=_order)
         ids = [config.name, *(_id(version, config.name, caller.tenant) for version in versions)]
         start = 0
         if after is not None:

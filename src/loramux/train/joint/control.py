@@ -1,7 +1,8 @@
 """A socket in the run's folder: who may write there may ask how the jobs stand, pause, resume, cancel and prioritise.
 
-One JSON line each way: {"do": "list"} or {"do": "pause", "job": NAME}; the answer is {"ok": true, ...} or {"ok": false,
-"error": TEXT}. A command is answered when the run has obeyed it, which is between two rounds.
+One JSON line each way: {"do": "list"}, {"do": "show", "job": NAME} or {"do": "pause", "job": NAME}; the answer is
+{"ok": true, ...} or {"ok": false, "error": TEXT}. A command is answered when the run has obeyed it, which is between
+two rounds; a question at once.
 
 Why a folder of its own around the socket: it is made for its owner alone before the socket is there, so nobody can
 connect in between. Paths of sockets are short, so a deep run folder gets one in the system's temporary folder, and
@@ -15,19 +16,26 @@ import json
 import os
 import queue
 import shutil
+import socket
 import socketserver
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from loramux.errors import LoramuxError
 from loramux.train.joint.commands import Command, Inbox, What
 
 CONTROL, SOCKET, ADDRESS = "control", "jobs.sock", "address"
 MAX_PATH = 100  # bytes; the system's limit is 104 to 108
 MAX_LINE = 65536
 ANSWER_SECONDS = 30.0
+Question = Callable[[str], dict[str, Any]]
+
+
+class InUseError(LoramuxError):
+    """Another process trains in this folder."""
 
 
 class _Asked:
@@ -40,25 +48,34 @@ class _Asked:
 
 
 class Control(contextlib.AbstractContextManager["Control"]):
-    """The run's inbox: the socket, and whatever else gives commands (`others`)."""
+    """The run's inbox: the socket, and whatever else gives commands (`others`).
+
+    questions: what may be asked beside commands, by its name; each is called with the job's name, or "", on a thread of
+    its own. wants_more: whether the run waits for further jobs when all have ended.
+    """
 
     def __init__(
         self,
         folder: Path,
-        rows: Callable[[], list[dict[str, Any]]],
+        questions: Mapping[str, Question],
         others: Sequence[Inbox] = (),
-        stays_open: bool = False,
+        wants_more: bool = False,
     ):
         self.folder = folder / CONTROL
-        self.rows = rows
+        self.questions = dict(questions)
         self.others = tuple(others)
-        self.stays_open = stays_open
+        self.wants_more = wants_more
         self._asked: queue.SimpleQueue[_Asked] = queue.SimpleQueue()
         self._waiting: list[_Asked] = []
         self._server: socketserver.ThreadingUnixStreamServer | None = None
         self._elsewhere: Path | None = None
 
     def __enter__(self) -> Control:
+        if is_answered(self.folder):
+            raise InUseError(
+                f"another process trains in {self.folder.parent} now; look with loramux jobs {self.folder.parent}, or "
+                "choose another folder"
+            )
         shutil.rmtree(self.folder, ignore_errors=True)  # of a run that was killed
         self.folder.mkdir(mode=0o700, parents=True)
         path = self.folder / SOCKET
@@ -83,6 +100,10 @@ class Control(contextlib.AbstractContextManager["Control"]):
             shutil.rmtree(self._elsewhere, ignore_errors=True)
 
     # --- The inbox, on the training thread --------------------------------------------------------
+
+    @property
+    def stays_open(self) -> bool:
+        return self.wants_more or any(other.stays_open for other in self.others)
 
     def poll(self) -> list[Command]:
         found = [command for other in self.others for command in other.poll()]
@@ -113,19 +134,36 @@ class Control(contextlib.AbstractContextManager["Control"]):
             what = request["do"]
         except (ValueError, KeyError, TypeError):
             return _refused('a request is one JSON line such as {"do": "list"}')
-        if what == "list":
-            return {"ok": True, "jobs": self.rows()}
+        named = request.get("job")
+        if isinstance(what, str) and what in self.questions and isinstance(named, str | None):
+            try:
+                return {"ok": True, **self.questions[what](named or "")}
+            except LoramuxError as error:
+                return _refused(str(error))
         allowed = [each for each in get_args(What) if each != "add"]
-        if what not in allowed or not isinstance(request.get("job"), str):
-            return _refused(f"'do' must be one of list, {', '.join(allowed)}, with 'job' a name")
+        if what not in allowed or not isinstance(named, str):
+            known = ", ".join([*self.questions, *allowed])
+            return _refused(f"'do' must be one of {known}, with 'job' a name")
         value = request.get("value")
         if what == "priority" and (not isinstance(value, int) or isinstance(value, bool)):
             return _refused("'value' must be a whole number: the new priority")
-        asked = _Asked(Command(what, request["job"], value))
+        asked = _Asked(Command(what, named, value))
         self._asked.put(asked)
         if not asked.done.wait(ANSWER_SECONDS):
             return {"ok": True, "note": "a round is still running; the command comes after it"}
         return _refused(asked.problem) if asked.problem else {"ok": True}
+
+
+def is_answered(folder: Path) -> bool:
+    """Whether a process listens behind this control folder; one that was killed leaves the folder only."""
+    try:
+        address = (folder / ADDRESS).read_text(encoding="utf-8")
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(ANSWER_SECONDS)
+            connection.connect(address)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _refused(text: str) -> dict[str, Any]:

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import gc
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loramux.train.parallel.group import ParallelError
+
+if TYPE_CHECKING:
+    from loramux.train.runner import JobRunner
+
+log = logging.getLogger(__name__)
 _CPU_ALLOCATOR = (
     "can't allocate memory",
     "not enough memory",
@@ -38,3 +46,22 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class OwnFault:
+    """What goes wrong inside stops this one job, with its reason."""
+
+    def __init__(self, runner: JobRunner, what: str):
+        self.runner = runner
+        self.what = what
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, ParallelError):
+            return False
+        log.debug("job %s", self.runner.job.name, exc_info=error)
+        step = self.runner.state.step + 1
+        self.runner.fail(*describe(error, f"{self.what} step {step}"))
+        free_memory()
+        return True

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from loramux.core import prepass
-from loramux.core.batch import IGNORED_LABEL, supervised_share
+from loramux.core.batch import IGNORED_LABEL
 from loramux.core.state import State
 from loramux.core.together import Share, Together
 from loramux.train.attention import fastest_attention
 from loramux.train.joint.attention import RowAttention, RowBlock
-from loramux.train.loss import SupervisedForward, forward_inputs, sum_losses
+from loramux.train.loss import SupervisedForward, forward_inputs
+from loramux.train.objective import Objective
 from loramux.train.rng import States, running_with
 
 if TYPE_CHECKING:
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One micro-batch of one job. total: supervised tokens of the whole step; rng: the job's generators, advanced."""
+    """One micro-batch of one job. total: what the whole step weighs; rng: the job's generators, advanced."""
 
     name: str
     batch: Mapping[str, Any]
     total: int
     parameters: Mapping[str, nn.Parameter]
     rng: States
+    objective: Objective
 
     @property
     def num_tokens(self) -> int:
@@ -48,13 +50,14 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Loss and auxiliary loss of a part, each its share of the step, and the gradient of every parameter.
+    """Loss, auxiliary loss and figures [K] of a part, each its share of the step, and every parameter's gradient.
 
     state: the forward pass, whose records say how it was routed.
     """
 
     loss: Tensor
     aux: Tensor
+    figures: Tensor
     grads: tuple[Tensor | None, ...]
     state: State
 
@@ -91,13 +94,13 @@ class JointForward:
                 _flat(inputs, blocks), (torch.zeros_like(where_S), where_S)
             )
             together.is_forward = False
-            losses = self._losses(parts, shares, targets, logits_SV)
+            losses, figures = self._losses(parts, shares, targets, logits_SV)
             grads = self._backward(parts, losses)
         for share in shares:
             share.state.tell_routers()
         return [
-            Outcome(loss.detach(), aux.detach(), own, share.state)
-            for (loss, aux), own, share in zip(losses, grads, shares, strict=True)
+            Outcome(loss.detach(), aux.detach(), found, own, share.state)
+            for (loss, aux), found, own, share in zip(losses, figures, grads, shares, strict=True)
         ]
 
     def alone(self, part: Part) -> Outcome:
@@ -108,19 +111,20 @@ class JointForward:
             running_with(part.rng, self.device),
             fastest_attention(self.device, self.dtype, width),
         ):
-            loss_sum, _ = self.forward(part.batch)
+            loss_sum, figures_K = part.objective.loss(
+                part.batch, *self.forward.predictions(part.batch)
+            )
             state = self.handle.dispatch.last
             assert state is not None
             aux = self._auxiliary(part, state, loss_sum)
             losses = [(loss_sum / part.total, aux)]
             (grads,) = self._backward([part], losses)
-        return Outcome(losses[0][0].detach(), aux.detach(), grads, state)
+        figures_K = figures_K / part.total
+        return Outcome(losses[0][0].detach(), aux.detach(), figures_K, grads, state)
 
     def _auxiliary(self, part: Part, state: State, like: Tensor) -> Tensor:
-        """The auxiliary losses of a part, as much of them as its share of the step's supervised tokens."""
-        fraction = supervised_share(
-            {"labels": part.batch["labels"], "num_items_in_batch": part.total}
-        )
+        """The auxiliary losses of a part, as much of them as its share of the step."""
+        fraction = part.objective.share(part.batch, part.total)
         method = state.members[0].adapter.method
         found = method.aux_losses(state.recorder.of(part.name))
         return fraction * sum(found.values(), like.new_zeros(()))
@@ -131,15 +135,18 @@ class JointForward:
         shares: Sequence[Share],
         targets: Sequence[tuple[Tensor, Tensor]],
         logits_SV: Tensor,
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """(loss and auxiliary loss, figures) of every part."""
         counts = [target.shape[0] for target, _ in targets]
-        losses = []
+        losses, figures = [], []
         for part, share, (target_S, _), own_SV in zip(
             parts, shares, targets, logits_SV.split(counts), strict=True
         ):
-            loss = sum_losses(own_SV, target_S.to(self.device)) / part.total
+            loss_sum, figures_K = part.objective.loss(part.batch, own_SV, target_S.to(self.device))
+            loss = loss_sum / part.total
             losses.append((loss, self._auxiliary(part, share.state, loss)))
-        return losses
+            figures.append(figures_K / part.total)
+        return losses, figures
 
     def _backward(
         self, parts: Sequence[Part], losses: Sequence[tuple[Tensor, Tensor]]

@@ -13,15 +13,16 @@ from loramux.recipe import JobRecipe, Recipe, load_job
 from loramux.train.events import Listener
 from loramux.train.job import Job
 from loramux.train.joint.control import Control
+from loramux.train.joint.probes import THEN, ProbedJobs
 from loramux.train.joint.queue import QUEUE, QueueFolder
-from loramux.train.joint.schedule import RoundRobin
-from loramux.train.joint.table import rows
+from loramux.train.joint.schedulers import make_scheduler
+from loramux.train.joint.table import details, rows, totals
 from loramux.train.joint.trainer import JointTrainer
-from loramux.train.probe import needs_probe
 from loramux.train.run import add_job, build_job
 
 if TYPE_CHECKING:
     from loramux.api import Handle
+    from loramux.train.parallel import Group
     from loramux.train.trainer import Trainer
 
 SHARED = ("base", "dtype")  # of all jobs of a run
@@ -55,6 +56,7 @@ def joint_trainer(
     out: Path,
     resume: bool,
     listeners: Sequence[Listener],
+    group: Group | None = None,
 ) -> JointTrainer:
     """The trainer of the recipe's jobs, with what lets further ones in while it runs."""
     assert recipe.joint is not None
@@ -68,31 +70,39 @@ def joint_trainer(
             raise RecipeError(
                 f"{path}: {other[0]} must be that of the run, all jobs share one base"
             )
-        if needs_probe([job]):
-            raise RecipeError(
-                f"{path}: {job.method.name} trains a probe first, which a run that goes on cannot; start it by itself"
-            )
         return job
 
     def load(value: Any) -> Job:
-        job = JobRecipe.model_validate(value)
+        job = JobRecipe.model_validate({k: v for k, v in value.items() if k != THEN})
         if job.out:
             wanted[job.name] = Path(job.out)
         built = build_job(job, tokenizer)
         add_job(handle, job)
         return built
 
-    control = Control(
-        out, lambda: rows(trainer), [QueueFolder(out / QUEUE, read)], recipe.joint.stay
+    def written() -> list[Any]:
+        added = [c.value for _, c in trainer.journal.rows if c.what == "add"]
+        return [value.get(THEN, value) for value in added]
+
+    folder = QueueFolder(out / QUEUE, read, written)
+    probed = ProbedJobs(
+        folder, lambda: trainer, lambda job: build_job(job, tokenizer), folder.note_refusal
     )
+    questions = {
+        "list": lambda _: {"jobs": rows(trainer), "run": totals(trainer)},
+        "show": lambda name: details(trainer, name),
+    }
+    control = Control(out, questions, [probed], recipe.joint.stay)
     trainer = JointTrainer(
         model,
         handle,
         jobs,
         out=out,
         resume=resume,
-        listeners=[*listeners, Copies(wanted)],
-        scheduler=RoundRobin(recipe.joint.round_tokens),
+        listeners=[*listeners, Copies(wanted)] if group is None or group.is_first else [],
+        group=group,
+        scheduler=make_scheduler(recipe.joint),
+        memory=recipe.joint.memory,
         max_tokens=recipe.joint.max_tokens,
         inbox=control,
         load=load,

@@ -14,7 +14,8 @@ from loramux.train.checkpoint import CheckpointError, CheckpointStore, Saved, re
 from loramux.train.trainer import JobResult
 
 if TYPE_CHECKING:
-    from loramux.train.joint.trainer import Entry, JointTrainer
+    from loramux.train.joint.entry import Entry
+    from loramux.train.joint.trainer import JointTrainer
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,10 @@ def save(trainer: JointTrainer, store: CheckpointStore) -> None:
             groups = entry.runner.tensors()
             tensors |= {f"{i}.{group}": content for group, content in groups.items()}
     meta = {"round": trainer.round, **_identity(trainer), "jobs": rows}
-    store.save(trainer.round, {**meta, "max_tokens": trainer.max_tokens}, tensors)
+    meta |= {"max_tokens": trainer.calls.max_tokens, "seen": trainer.calls.seen}
+    if trainer.guard is not None:
+        meta["memory"] = trainer.guard.state()
+    store.save(trainer.round, meta, tensors)
     for runner in trainer.runners:
         trainer._write_history(runner)
 
@@ -41,8 +45,11 @@ def _row(entry: Entry) -> dict[str, Any]:
         "identity": entry.identity,
         "priority": entry.priority,
         "last_round": entry.last_round,
+        "joined": entry.joined,
         "is_paused": entry.is_paused,
+        "is_held": entry.is_held,
         "state": None if runner is None else runner.saved_state(),
+        "num_steps": None if runner is None else runner.num_steps,
         "result": None if result is None else asdict(result),
     }
 
@@ -68,7 +75,10 @@ def restore(trainer: JointTrainer, store: CheckpointStore, resume: bool) -> None
         return
     _check(trainer, saved, store)
     trainer.round = int(saved.meta["round"])
-    trainer.max_tokens = int(saved.meta["max_tokens"])
+    trainer.calls.max_tokens = int(saved.meta["max_tokens"])
+    trainer.calls.seen = list(saved.meta.get("seen", [0, 0]))
+    if trainer.guard is not None and "memory" in saved.meta:
+        trainer.guard.restore(saved.meta["memory"])
     added = trainer.journal.added(trainer.round)
     for i, row in enumerate(saved.meta["jobs"]):
         if row["name"] not in trainer.entries and row["result"] is None:
@@ -113,7 +123,7 @@ def _plain(value: Any) -> Any:
 
 
 def _restore_one(trainer: JointTrainer, row: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
-    from loramux.train.joint.trainer import Entry
+    from loramux.train.joint.entry import Entry
 
     entry = trainer.entries.get(row["name"])
     if entry is None:
@@ -121,7 +131,9 @@ def _restore_one(trainer: JointTrainer, row: Mapping[str, Any], groups: Mapping[
         trainer.entries[entry.name] = entry
     entry.priority = int(row["priority"])
     entry.last_round = int(row["last_round"])
+    entry.joined = int(row.get("joined", 0))
     entry.is_paused = bool(row["is_paused"])
+    entry.is_held = bool(row.get("is_held", False))
     if row["result"] is None:
         assert entry.runner is not None
         entry.runner.restore(row["state"], groups)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from loramux.core.state import State
@@ -13,6 +12,7 @@ from loramux.data import Example
 from loramux.errors import DataError
 from loramux.train.joint.forward import Outcome, Part
 from loramux.train.loss import num_tokens
+from loramux.train.objective import means_of
 from loramux.train.runner import JobRunner
 
 
@@ -23,15 +23,21 @@ class StepWork:
         self.runner = runner
         self.examples = examples
         self.vocab = vocab
-        self.total = sum(example.num_supervised for part in examples for example in part)
-        self.sums: Tensor = torch.zeros(2, device=runner.device)
+        self.mine: Container[int] | None = None  # micro-batches that this process runs; None: all
+        self.total = sum(runner.objective.weight(part) for part in examples)
+        self.sums: Tensor = runner.no_sums()
         self.tokens = 0
         self.seconds = 0.0
+        self.is_dropped = False  # taken out of this round, for want of memory
         self.last: State | None = None  # the forward pass that listeners may look at
 
     @property
     def is_alive(self) -> bool:
-        return self.runner.is_running
+        return self.runner.is_running and not self.is_dropped
+
+    def runs(self, number: int) -> bool:
+        """Whether micro-batch `number` is there, and this process's to run."""
+        return number < len(self.examples) and (self.mine is None or number in self.mine)
 
     def part(self, number: int) -> Part:
         """Micro-batch `number`, collated and checked: in a shared call a bad row would be everybody's error."""
@@ -44,8 +50,15 @@ class StepWork:
                 f"token id {largest} is outside the base's vocabulary of {self.vocab}; encode the rows with its own "
                 "tokenizer"
             )
+        objective = self.runner.objective
+        batch = objective.complete(batch, self.examples[number])
         return Part(
-            self.runner.job.name, batch, self.total, self.runner.parameters, self.runner.rng
+            self.runner.job.name,
+            batch,
+            self.total,
+            self.runner.parameters,
+            self.runner.rng_of(number),
+            objective,
         )
 
     def take(self, batch: Mapping[str, Any], outcome: Outcome, seconds: float) -> None:
@@ -57,19 +70,17 @@ class StepWork:
                 parameter.grad = grad
             else:
                 parameter.grad.add_(grad)
-        self.sums += torch.stack([outcome.loss, outcome.aux]).to(self.sums.dtype)
+        self.sums += means_of(outcome.loss, outcome.aux, outcome.figures).to(self.sums.dtype)
         self.tokens += num_tokens(batch)
         self.seconds += seconds
         self.last = outcome.state
 
 
-def step_tokens(runner: JobRunner) -> int:
-    """Tokens of the largest micro-batch of the job's next step, padding included."""
+def step_shape(runner: JobRunner) -> tuple[int, int]:
+    """(rows, length) of the largest micro-batch of the job's next step, padded; packed examples count as one row."""
     train = runner.job.train
-    sizes = [
-        sum(len(train[i]) for i in part)
-        if runner.job.packing
-        else len(part) * max(len(train[i]) for i in part)
-        for part in runner.next_micro_batches()
-    ]
-    return max(sizes, default=0)
+    shapes = []
+    for part in runner.next_micro_batches():
+        lengths = [len(train[i]) for i in part]
+        shapes.append((1, sum(lengths)) if runner.job.packing else (len(part), max(lengths)))
+    return max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))

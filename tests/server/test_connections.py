@@ -1,0 +1,130 @@
+"""What a connection may cost, over a real server: too many of them, heads that do not come, heads without an end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import pytest
+
+from loramux.bench.gateway_http import ask, get
+from loramux.bench.gateway_server import Served, in_thread
+from loramux.server import asgi, connections
+from server.rig import client, config, stub_services
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+BODY = {"model": "base", "prompt": "hello", "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    given = {"max_connections": 4, "head_timeout_s": 0.2, "write_timeout_s": 0.2}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(connections, "LOOK_S", 0.05)
+        with in_thread(tmp_path_factory.mktemp("home"), {"limits": given}, stub=0.0) as found:
+            yield found
+
+
+@contextmanager
+def opened(served: Served, count: int) -> Iterator[list[socket.socket]]:
+    held = [socket.create_connection(("127.0.0.1", served.port), timeout=5) for _ in range(count)]
+    try:
+        yield held
+    finally:
+        for each in held:
+            each.close()
+
+
+def until_closed(sock: socket.socket) -> bytes:
+    found = b""
+    with suppress(ConnectionError):
+        while more := sock.recv(65536):
+            found += more
+    return found
+
+
+def told(answer: bytes) -> tuple[int, str, Any]:
+    """(status, head in lower case, error) of an answer that must be in the envelope."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), head.decode().lower(), json.loads(body)["error"]
+
+
+def test_a_connection_too_many_is_told_when_to_come_again_and_probes_pass(served: Served) -> None:
+    async def calls() -> list[Any]:
+        return [await ask(served.port, BODY), await get(served.port, "/health")]
+
+    with opened(served, 4):
+        time.sleep(0.05)
+        refused, probe = asyncio.run(calls())
+    assert (refused.status, refused.json()["error"]["code"]) == (503, "overloaded")
+    assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
+    assert probe.status == 200
+    time.sleep(0.1)
+    assert asyncio.run(ask(served.port, BODY)).status == 200  # places are given back
+
+
+def test_beyond_twice_as_many_connections_are_closed_without_a_word(served: Served) -> None:
+    with opened(served, 8):
+        time.sleep(0.05)
+        with opened(served, 1) as (last,):
+            assert until_closed(last) == b""
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, b"\r\n"])
+def test_a_head_that_does_not_come_ends_the_connection(served: Served, sent: bytes) -> None:
+    with opened(served, 1) as (sock,):
+        began = time.monotonic()
+        sock.sendall(sent)
+        status, _, error = told(until_closed(sock))
+    assert (status, error["code"]) == (408, "timeout")
+    assert time.monotonic() - began < 3
+
+
+def test_a_second_head_on_a_kept_connection_is_bounded_as_well(served: Served) -> None:
+    with opened(served, 1) as (sock,):
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" + HEAD)
+        answer = until_closed(sock)
+    assert answer.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 408" in answer
+
+
+def test_a_head_without_an_end_is_cut_off(served: Served) -> None:
+    with opened(served, 1) as (sock,):
+        sent = 0
+        with suppress(ConnectionError, TimeoutError):
+            sock.sendall(HEAD)
+            while sent < 2**22:
+                sent += sock.send(b"X-Padding: " + b"x" * 4000 + b"\r\n")
+        assert sent < 2**22
+
+
+def test_a_body_that_drips_is_refused_although_it_is_never_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asgi, "LEAST_RATE", 1000)
+    app = client(stub_services(), limits={"read_timeout_s": 0.1}).app
+    statuses: list[int] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    scope = {
+        "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"", "query_string": b"",
+        "root_path": "", "scheme": "http", "http_version": "1.1", "server": ("127.0.0.1", 80),
+        "client": ("127.0.0.1", 1), "headers": [(b"host", b"127.0.0.1")],
+    }  # fmt: skip
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 3))
+    assert statuses == [408]
+
+
+def test_the_configuration_bounds_heads() -> None:
+    assert config().limits.head_timeout_s == 10.0
