@@ -9,6 +9,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 BENCH_ARGS ?=
 STORM_ARGS ?=
 ALIKE_ARGS ?=
+MANY_ARGS ?=
 # Where `make reliability` keeps a registry of 10,000 adapters; filling it takes minutes.
 GATEWAY_HOME ?= .gateway
 # What `loramux fetch smollm2-135m` makes.
@@ -18,7 +19,7 @@ BASE ?= $(HOME)/.cache/loramux/models/smollm2-135m-bf16
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo tenants serve-demo fuzz reliability crash test lint format bench storm alike reference clean
+.PHONY: demo tenants serve-demo many fuzz reliability crash kills test lint format bench storm alike reference clean
 
 demo: $(VENV)/.stamp-demo
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux demo
@@ -28,6 +29,9 @@ tenants: $(VENV)/.stamp-demo
 
 serve-demo: $(VENV)/.stamp-serve
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux serve-demo
+
+many: $(VENV)/.stamp-demo
+	$(BIN)/python -m loramux.demo.many $(MANY_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
@@ -58,6 +62,9 @@ reliability: $(VENV)/.stamp-dev
 
 crash: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.registry.crash --kills 1000
+
+kills: $(VENV)/.stamp-dev
+	LORAMUX_KILL_POINTS=20 $(BIN)/python -m pytest -q tests/joint/test_resume.py
 
 reference: $(VENV)/.stamp-dev
 	$(BIN)/python -m loramux.cli.reference docs/reference

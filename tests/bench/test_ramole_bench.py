@@ -12,6 +12,7 @@ import loramux
 from compare.small import make_base
 from conformance.cases import nudge
 from loramux.bench.ramole import SETTINGS, Plan, Pool, main, sets_of
+from loramux.bench.ramole_scales import measure as scales_of
 from loramux.bench.ramole_table import table
 from loramux.persist.ramole import assemble
 from pico import build_pico
@@ -139,3 +140,16 @@ def test_a_table_counts_tasks_alike_and_pairs_rows_with_mixture():
     assert "RAMoLE k=3, IID 0.562 0.250 - 0.875 +0.000 +- 0.158" in shown
     assert "own adapter first 0.500, among three 1.000, 2 rows" in shown
     assert "the router was trained with: RAMoLE 0.625, Mixture 0.500" in shown
+
+
+def test_scales_are_the_sizes_of_what_goes_in_and_of_what_adapters_add(root: Path):
+    pool = Pool(plan_of(root, normalise_keys=True))
+    assert pool.adapter.method.config.normalise_keys  # type: ignore[attr-defined]
+    found = {scale.path: scale for scale in scales_of(pool, ["red a x", "ship b"])}
+    assert found.keys() == pool.adapter.routers.keys()
+    assert all(s.input_most >= s.input_median > 0 and s.added_most > 0 for s in found.values())
+    before = next(iter(found.values()))
+    pool.adapter.rows[before.path].b.data *= 3
+    after = {scale.path: scale for scale in scales_of(pool, ["red a x", "ship b"])}[before.path]
+    assert after.added_most == pytest.approx(3 * before.added_most, rel=1e-3)
+    assert after.input_most == pytest.approx(before.input_most), "the first linear sees the same"

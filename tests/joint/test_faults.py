@@ -152,14 +152,14 @@ def test_an_error_in_one_methods_code_stops_its_job_only(monkeypatch: pytest.Mon
 
 
 def test_a_validation_that_fails_stops_its_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = JobRunner._validation_loss
+    original = JobRunner._validation_means
 
-    def validate(self: JobRunner) -> float:
+    def validate(self: JobRunner) -> list[float]:
         if self.job.name == "lora" and self.state.step == 4:
             raise torch.OutOfMemoryError("no memory for the logits")
         return original(self)
 
-    monkeypatch.setattr(JobRunner, "_validation_loss", validate)
+    monkeypatch.setattr(JobRunner, "_validation_means", validate)
     rows = job("lora").train[:4]
     bad = job("lora", steps=6, validation=rows, eval_every=2)
     handle, results, _ = run(with_others(bad))

@@ -8,10 +8,11 @@ import torch
 
 from joint.jobs import attached, job, solo_of, tiny, weights
 from loramux.errors import RecipeError
+from loramux.recipe.sizes import parse_bytes
 from loramux.train import Listener, StepEvent, Trainer
 from loramux.train.joint import JointTrainer
 from loramux.train.joint.forward import JointForward
-from loramux.train.joint.guard import parse_bytes, resident_bytes
+from loramux.train.joint.guard import resident_bytes
 from loramux.train.joint.leastsq import nonnegative_fit
 from loramux.train.joint.memory import CallShape, HighWater, MemoryModel
 
@@ -112,6 +113,7 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
     # Room for two of the three jobs, and for calls of little more than one of them.
     limit = sum(sorted(resident.values())[-2:]) + int(largest * 1.1)
     seen: list[tuple[int, float]] = []
+    shared: list[Any] = []
 
     class Watched(JointForward):
         def __call__(self, parts: Any) -> Any:
@@ -119,6 +121,7 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
             assert guard is not None
             if all(guard.model.knows(part.name) for part in parts):  # it is being measured before
                 seen.append((guard.resident, guard.predicted(parts)))
+                shared[:] = parts if len(parts) > 1 else shared
             return super().__call__(parts)
 
     base = tiny(dtype=DOUBLE)
@@ -129,6 +132,13 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
     assert all(held + call <= limit for held, call in seen)
     assert len({held for held, _ in seen}) > 1, "the third job came in when another had ended"
     same_as_solo(made, NAMES)
+    # Room for one of these parts: they are no longer laid into one call.
+    assert made.guard is not None
+    assert len(list(made.calls.groups([(None, part) for part in shared]))) == 1  # type: ignore[misc]
+    made.guard.resident = 0
+    made.guard.limit = int(1.3 * max(made.guard.predicted([part]) for part in shared))
+    groups = list(made.calls.groups([(None, part) for part in shared]))  # type: ignore[misc]
+    assert len(groups) == len(shared) > 1
 
 
 def test_a_job_that_can_never_fit_is_refused_before_its_first_step(free: JointTrainer) -> None:
@@ -148,7 +158,7 @@ def test_sizes_are_read_with_their_units_and_anything_else_is_refused() -> None:
     assert parse_bytes(4096) == 4096
     assert parse_bytes("measured") is None
     for wrong in ("lots", "0GiB", "-3GB", "5 parsecs"):
-        with pytest.raises(RecipeError, match=r"joint\.memory"):
+        with pytest.raises(RecipeError, match="is no size of memory"):
             parse_bytes(wrong)
 
 

@@ -88,12 +88,14 @@ def test_a_file_in_the_queue_becomes_a_job_and_a_wrong_one_is_refused_with_its_r
     assert [(row["what"], row["job"]) for row in journal] == [("add", "late")]
 
 
-def test_a_job_with_another_base_is_refused(base: Path, tmp_path: Path) -> None:
+def test_a_job_with_another_base_or_without_its_data_is_refused(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     (out / "queue").mkdir(parents=True)
     (out / "queue" / "missing.yaml").write_text("data: {train: [{path: ./nowhere.jsonl}]}\n")
+    (out / "queue" / "other.yaml").write_text("base: other/model\n")
     result = train_recipe(recipe(base), out, progress=False, board=False)
     assert len(result["jobs"]) == 2
+    assert "base is that of the run" in (out / "queue" / "refused" / "other.txt").read_text()
     assert "nowhere.jsonl" in (out / "queue" / "refused" / "missing.txt").read_text()
 
 

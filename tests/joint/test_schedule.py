@@ -2,11 +2,12 @@
 
 import itertools
 import random
+from typing import get_args
 
 import pytest
 
 from loramux.errors import RecipeError
-from loramux.recipe import JointConfig
+from loramux.recipe import JointConfig, parse_recipe
 from loramux.train.joint import Candidate
 from loramux.train.joint.budget import TokenBudget
 from loramux.train.joint.schedule import (
@@ -17,7 +18,7 @@ from loramux.train.joint.schedule import (
     least_padded,
     padding_of,
 )
-from loramux.train.joint.schedulers import make_scheduler, scheduler_names
+from loramux.train.joint.schedulers import MAKERS, make_scheduler
 
 
 def job(name: str, arrival: int, length: int = 10, rows: int = 1, **more: int) -> Candidate:
@@ -120,8 +121,10 @@ def test_nobody_starves_behind_a_higher_priority_and_it_does_not_wait_for_them()
 
 def test_a_scheduler_is_a_function_of_the_jobs_and_not_of_their_order() -> None:
     draw = random.Random(3)
-    for name in scheduler_names():
-        scheduler = make_scheduler(JointConfig(scheduler=name, round_tokens=120))
+    for name in MAKERS:
+        scheduler = make_scheduler(
+            JointConfig.model_validate({"scheduler": name, "round_tokens": 120})
+        )
         for _ in range(20):
             jobs = some(draw, 6)
             first = scheduler.pick(5, jobs)
@@ -130,6 +133,15 @@ def test_a_scheduler_is_a_function_of_the_jobs_and_not_of_their_order() -> None:
             assert scheduler.pick(5, jobs) == first
 
 
-def test_an_unknown_scheduler_is_refused_with_the_list() -> None:
-    with pytest.raises(RecipeError, match=r"'mnpad' is unknown; did you mean 'minpad'\? allowed:"):
-        make_scheduler(JointConfig(scheduler="mnpad"))
+def test_an_unknown_scheduler_or_size_is_refused_before_anything_is_loaded() -> None:
+    for key, value, told in (
+        ("scheduler", "mnpad", "minpad"),
+        ("memory", "lots", "6GiB"),
+        ("q", 1.5, "less than or equal to 1"),
+    ):
+        with pytest.raises(RecipeError, match=rf"joint\.{key}.*{told}"):
+            parse_recipe({"base": "nowhere", "joint": {key: value}})
+
+
+def test_every_scheduler_of_the_schema_is_made() -> None:
+    assert get_args(JointConfig.model_fields["scheduler"].annotation) == tuple(MAKERS)

@@ -147,7 +147,8 @@ def test_metadata_samples_and_sharing_are_given_with_the_push(
     words = ("--tenant", "bob", "--samples", plain, "--words-only")
     run("push", adapters[1], "--name", "french", "--base", base, *words)
     words = ("--tenant", "bob", "--alias", "canary")
-    assert run("push", adapters[0], "--name", "french", "--base", base, *words)["notes"] == []
+    aside = run("push", adapters[0], "--name", "french", "--base", base, *words)["notes"]
+    assert not any("samples" in note for note in aside)
     hits = run("search", "--prompt", "How many apples?", "--words-only")
     assert [hit["ref"] for hit in hits] == ["ann/sums@1", "bob/french@1"]
     hits = run("search", "--prompt", "Translate this word", "--words-only", "--tenant", "ann")
@@ -160,7 +161,7 @@ def test_metadata_samples_and_sharing_are_given_with_the_push(
     shown = run("show", "ann/sums")
     assert shown["metadata"] == {"task": "adding up"} and shown["shared_with"] == ["*"]
     lost = run("push", adapters[1], "--name", "sums", "--base", base, "--tenant", "ann")["notes"]
-    assert ["by those of ann/sums@1" in note for note in lost] == [True]
+    assert any("by those of ann/sums@1" in note for note in lost)
     plain.write_text("too few\n")
     words = ("--samples", plain, "--words-only")
     run("push", adapters[1], "--name", "few", "--base", base, *words, fails=2)

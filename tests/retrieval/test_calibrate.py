@@ -46,7 +46,7 @@ def pool(train: dict[str, list[str]]) -> Retriever:
 def test_held_out_prompts_find_nothing_about_as_often_as_was_said(
     train: dict[str, list[str]],
 ) -> None:
-    sent = {task: prompts(task, 60, "test") for task in train}
+    sent = {task: prompts(task, 20, "test") for task in train}
     row = measure(train, sent, TASKS, rate=0.1)
     found = row["thresholds"]
     assert 0.04 <= found["with"]["own"] <= 0.2

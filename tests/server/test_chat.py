@@ -111,7 +111,10 @@ def test_a_prompt_is_not_repeated_by_an_error():
 
 def test_an_answer_that_fails_is_an_error_with_a_status_and_without_the_engines_own_words():
     services = stub_services()
-    services.engine.fail = "folder /srv/secret/adapter belongs to another base"
+    services.engine.fail = "folder /srv/secret/adapter was trained on another base"
+    error = error_of(ask(client(services)), 400)
+    assert error["code"] == "wrong_base" and "/srv" not in error["message"]
+    services.engine.fail = "folder /srv/secret/adapter is gone"
     error = error_of(ask(client(services)), 500)
     assert error["code"] == "engine_error" and "/srv" not in error["message"]
     services.engine.fail = "the same"

@@ -92,6 +92,13 @@ def test_a_second_head_on_a_kept_connection_is_bounded_as_well(served: Served) -
     assert answer.startswith(b"HTTP/1.1 200") and b"HTTP/1.1 408" in answer
 
 
+def test_what_is_no_http_is_told_so_in_the_envelope(served: Served) -> None:
+    with opened(served, 1) as (sock,):
+        sock.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        status, _, error = told(until_closed(sock))
+    assert (status, error["code"]) == (400, "invalid_request")
+
+
 def test_a_head_without_an_end_is_cut_off(served: Served) -> None:
     with opened(served, 1) as (sock,):
         sent = 0

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from loramux.bench.gateway import upload
+from loramux.bench.gateway_cost import Costs, measure
 from loramux.registry import Registry, read
 from loramux.server.app import create_app
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.stub import StubEngine
+from loramux.tenancy import Tenancy
+from loramux.tenancy.caller import Caller, Limits
 from server.rig import config, stub_services
 
 
@@ -63,6 +67,28 @@ def test_taking_adapters_back_looks_at_no_more_than_it_takes() -> None:
 
     asyncio.run(main())
     assert looks < 10
+
+
+def test_the_ledger_of_many_tenants_is_written_by_one_statement(tmp_path: Path) -> None:
+    with Registry.open(tmp_path) as registry, Tenancy.open(registry.database) as tenancy:
+        for number in range(300):
+            caller = Caller(f"t{number}", "k", frozenset(), limits=Limits.none())
+            tenancy.quotas.reserve(caller, 5).settle(3)
+        said: list[str] = []
+        event.listen(
+            registry.database, "before_cursor_execute", lambda *given: said.append(given[2])
+        )
+        tenancy.flush()
+        assert len([text for text in said if "tenant_usage" in text]) == 1
+        assert tenancy.ledger("t299").tokens == 3
+
+
+def test_costs_of_calls_are_measured_in_every_way_a_call_can_go(tmp_path: Path) -> None:
+    costs = Costs(tmp_path)
+    found = asyncio.run(measure(costs, rounds=1, calls=3))
+    costs.close()
+    assert set(found) == {"new", "known", "refused", "chunk"}
+    assert found["refused"] < found["new"]
 
 
 def test_more_calls_than_can_be_are_refused_before_they_are_read_and_say_when_to_come_again() -> (

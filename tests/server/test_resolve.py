@@ -211,9 +211,8 @@ def test_auto_counts_one_content_under_two_names_once_with_both_weights():
     law = registry.resolve("local/law", caller=None)
     copy = registry.add("zoo", "copy", digest=law.digest, visibility="shared")
     samples = [f"{word} court judge lease" for word in TOPICS["law"].split()] * 2
-    retriever.upsert(
-        copy.ref, make_profile([f"{s} {n}" for n, s in enumerate(samples)]), owner="zoo"
-    )
+    profile = make_profile([f"{s} {n}" for n, s in enumerate(samples)])
+    retriever.upsert(copy.ref, profile, owner="zoo", tags={"readers": ("*",)})
     http = client(
         stub_services(registry=registry, retriever=retriever), retrieval={"mode": "mixture", "k": 2}
     )
@@ -288,6 +287,19 @@ def test_auto_never_chooses_what_the_caller_may_not_use():
             assert used <= {caller.tenant} and shown <= {caller.tenant}
 
     asyncio.run(main())
+
+
+def test_auto_makes_no_list_of_what_may_be_used_and_asks_the_registry_about_every_hit():
+    registry, retriever = pool({"law": "a", "food": "a", "code": "b"})
+    registry.visible = None  # type: ignore[assignment]
+    # The index says that everybody may use it; the registry knows better.
+    profile = make_profile([f"court judge lease {n}" for n in range(12)])
+    retriever.upsert("b/code@1", profile, owner="b", tags={"readers": ("*",)})
+    services = stub_services(registry=registry, retriever=retriever)
+    client(services)
+    plan = asyncio.run(choose(services, config(), "auto", "court judge lease", A))
+    assert plan.label == "a/law@1"
+    assert not any(hit["ref"].startswith("b/") for hit in plan.routing["runners_up"])
 
 
 def test_auto_without_a_retriever_is_a_clear_error():

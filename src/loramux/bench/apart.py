@@ -57,7 +57,7 @@ class Apart:
 def _serve(pipe: Connection, make: Callable[..., Measure], args: tuple[Any, ...]) -> None:
     try:
         measure = make(*args)
-        with quiet():
+        with quiet(), contextlib.closing(_Closable(measure)):
             while True:
                 pipe.recv()
                 pipe.send(measure())
@@ -66,3 +66,10 @@ def _serve(pipe: Connection, make: Callable[..., Measure], args: tuple[Any, ...]
         return  # nobody asks any more
     except Exception:
         pipe.send(traceback.format_exc())
+
+
+class _Closable:
+    """Closes what can be closed."""
+
+    def __init__(self, measure: Measure):
+        self.close: Callable[[], object] = getattr(measure, "close", lambda: None)

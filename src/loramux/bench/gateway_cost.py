@@ -4,8 +4,8 @@
 
 Where `gateway` needs a free machine, this needs patience: calls go into the application one at a time, in batches, and
 the cheapest batch counts, as the one that was disturbed least. *known*: an adapter that was asked for before; *new*:
-one that has to be looked up, verified and given to the engine; *refused*: a tenant without room; *chunk*: one token of a
-stream. The stub of the engine is in all of them but *refused*.
+one that has to be looked up, verified and given to the engine; *refused*: a tenant without room; *chunk*: one token of
+a stream. The stub of the engine is in all of them but *refused*.
 """
 
 from __future__ import annotations

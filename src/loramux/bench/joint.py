@@ -184,11 +184,11 @@ def _speed_rows(load: Load, effort: Effort, folder: str | None, begin: Begin) ->
         subjects: dict[str, Measure] = {}
         for name in names:
             given = (name, load, effort.shape, folder)
-            subjects[name] = (
-                make_subject(*given)
-                if effort.is_quick
-                else stack.enter_context(Apart(make_subject, *given))
-            )
+            if effort.is_quick:
+                subjects[name] = made = make_subject(*given)
+                stack.callback(getattr(made, "close", lambda: None))
+            else:
+                subjects[name] = stack.enter_context(Apart(make_subject, *given))
         advance = begin(load.title, (effort.joint_rounds + 1) * len(subjects))
         seconds = interleave(subjects, effort.joint_rounds, done=advance)
     titles = {name: f"{load.title}, {name}" for name in subjects}

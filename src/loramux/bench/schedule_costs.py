@@ -70,4 +70,7 @@ def fit_costs(rows: Iterable[Mapping[str, Any]], clock: str = "cpu") -> CallCost
     errors = [
         abs(sum(c * value for c, value in zip(found, line, strict=True)) - 1) for line in relative
     ]
-    return CallCosts(*found, median(outside), median(errors), len(spent))
+    fixed, per_job, per_token, per_square = found
+    return CallCosts(
+        fixed, per_job, per_token, per_square, median(outside), median(errors), len(spent)
+    )

@@ -21,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+from loramux.recipe.sizes import parse_bytes
+
 DEMO_PREFIX = "demo:"
 # Pydantic puts the tag of a union's member into the path of an error; `problems.py` takes them out.
 UNION_TAGS = ("named template", "text template")
@@ -209,7 +211,9 @@ class JointConfig(_Strict):
     memory: str | int | None = Field(
         None, description="limit above the loaded base, such as 6GiB; measured: predict, no limit"
     )
-    scheduler: str = Field("round_robin", description="who takes part in a round")
+    scheduler: Literal["round_robin", "fifo", "priority", "minpad", "adaptive", "budget"] = Field(
+        "round_robin", description="who takes part in a round"
+    )
     objective: Literal["throughput", "turnaround", "fair"] = Field(
         "fair", description="what the scheduler budget is for"
     )
@@ -225,6 +229,13 @@ class JointConfig(_Strict):
     q: float = Field(
         0.5, ge=0, le=1, description="of adaptive: share of the queue that is looked at"
     )
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, value: str | int | None) -> str | int | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
 
 class JobRecipe(_Strict):

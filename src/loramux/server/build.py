@@ -91,7 +91,7 @@ def _retriever(
     """Filled from the registry; `extras["follower"]` keeps it in step."""
     if not config.enabled:
         return None
-    from loramux.retrieval import ProfileStore, Retriever, follow
+    from loramux.retrieval import AbstainAt, ProfileStore, Retriever, follow
 
     encoder = _encoder(config)
     index = None
@@ -101,7 +101,9 @@ def _retriever(
         index = QdrantIndex.connect(
             config.qdrant_url, getattr(encoder, "id", None), getattr(encoder, "dim", None)
         )
-    retriever = Retriever(index, encoder, base=shape.digest, min_score=config.threshold)
+    given = config.threshold
+    threshold = AbstainAt(config.false_abstain) if given == "calibrated" else given
+    retriever = Retriever(index, encoder, base=shape.digest, min_score=threshold)
     ProfileStore.beside(registry, encoder)
     extras["follower"] = follow(retriever, registry)
     return retriever

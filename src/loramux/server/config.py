@@ -102,10 +102,15 @@ class RetrievalConfig(_Strict):
     )
     k: int = Field(3, ge=1, le=64, description="hits shown, and mixed where `mode` says so")
     mode: Literal["selection", "mixture"] = "selection"
-    # Ours: below it a prompt shares next to no words with any adapter's samples. A value of one's own pool is better
-    # (`loramux.retrieval.abstain_threshold`).
-    threshold: float | None = Field(
-        0.05, description="least lexical score of the best; below it the base answers. null: never"
+    threshold: float | Literal["calibrated"] | None = Field(
+        "calibrated",
+        description="least lexical score of the best, or the base answers; null: none; calibrated: by the profiles",
+    )
+    false_abstain: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="share of prompts that `calibrated` may leave to the base wrongly",
     )
     trusted_tenants: tuple[str, ...] | None = Field(
         None,

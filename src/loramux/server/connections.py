@@ -56,6 +56,9 @@ def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotoni
             self.is_in_head = False
             super().on_headers_complete()
 
+        def send_400_response(self, msg: str) -> None:
+            refuse(self.transport, 400, "this is no valid HTTP request", "invalid_request")
+
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             if self.is_in_head:

@@ -8,14 +8,12 @@ priority, then first come, first served, and wait until there is room.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from loramux.errors import RecipeError
 from loramux.train.joint.entry import Entry
 from loramux.train.joint.forward import Part
 from loramux.train.joint.memory import (
@@ -33,22 +31,8 @@ if TYPE_CHECKING:
     from loramux.train.joint.calls import Calls
 
 log = logging.getLogger(__name__)
-MEASURED = "measured"  # as a limit: none, but predictions and their errors
 PROFILED = 4  # measured micro-batches of a job before it starts; three and one for the supervised positions
 EVERY = 100  # rounds between measured calls where measuring costs time, after the first ones
-UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def parse_bytes(text: str | int) -> int | None:
-    """ "6GiB", "500MB" or a number of bytes; None for "measured"."""
-    if text == MEASURED:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if found is None or found[2] not in UNITS or not float(found[1]):
-        raise RecipeError(
-            f"joint.memory: {text!r} is no size; write one such as 6GiB or 500MB, or {MEASURED}, which sets no limit"
-        )
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def gib(size: float) -> str:
@@ -88,7 +72,9 @@ class MemoryGuard:
 
     def _profile(self, runner: JobRunner) -> None:
         """Forward and backward of a few micro-batches; weights, routers and random numbers are as before."""
-        chosen = dict.fromkeys(spread_shapes(shapes_of(runner), PROFILED))
+        chosen: dict[CallShape, int | None] = dict.fromkeys(
+            spread_shapes(shapes_of(runner), PROFILED)
+        )
         for part in runner.plan:
             shape = shape_of(runner, part)
             if chosen.get(shape, 0) is None:
@@ -101,7 +87,7 @@ class MemoryGuard:
                             self.calls.joint.alone(one)
                         else:
                             self.calls.joint([one])
-                chosen[shape] = found.bytes  # type: ignore[assignment]
+                chosen[shape] = found.bytes
                 self.model.learn(runner.job.name, shape, found.bytes)
         told = ", ".join(f"{s.rows} x {s.length}: {gib(size or 0)}" for s, size in chosen.items())
         log.info("job %s, memory of its micro-batches: %s", runner.job.name, told)

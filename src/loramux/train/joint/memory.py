@@ -60,7 +60,7 @@ class HighWater(TorchDispatchMode):
     """Counts the bytes of tensors that are made inside, and the most that lived at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._live: dict[int, int] = {}
 
@@ -153,10 +153,6 @@ class MemoryModel:
         if len(self.errors) < FEW_POINTS:
             return FIRST_MARGIN
         return max(2 * (self.mean_error or 0.0), LEAST_MARGIN)
-
-    def forget(self, name: str) -> None:
-        self.points.pop(name, None)
-        self._fits.pop(name, None)
 
     def state(self) -> dict[str, Any]:
         return {"points": self.points, "errors": self.errors}

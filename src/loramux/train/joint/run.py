@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramux.errors import RecipeError
 from loramux.recipe import JobRecipe, Recipe, load_job
+from loramux.recipe.load import read_mapping
 from loramux.train.events import Listener
 from loramux.train.job import Job
 from loramux.train.joint.control import Control
@@ -64,13 +65,14 @@ def joint_trainer(
     wanted = {job.name: Path(job.out) for job in first if job.out}
 
     def read(path: Path) -> JobRecipe:
-        job = load_job(path, recipe)
-        other = [key for key in SHARED if getattr(job, key) != getattr(first[0], key)]
-        if other:
-            raise RecipeError(
-                f"{path}: {other[0]} must be that of the run, all jobs share one base"
-            )
-        return job
+        given = read_mapping(path, "name, method, data and training")
+        for key in SHARED:
+            if key in given:
+                raise RecipeError(
+                    f"{path}: {key} is that of the run ({getattr(recipe, key)}), all jobs share one base; "
+                    "leave it out, or start a run of its own"
+                )
+        return load_job(path, recipe)
 
     def load(value: Any) -> Job:
         job = JobRecipe.model_validate({k: v for k, v in value.items() if k != THEN})

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from loramux.errors import RecipeError
+from loramux.recipe.sizes import parse_bytes
 from loramux.train.checkpoint import CheckpointStore
 from loramux.train.events import Listener
 from loramux.train.job import Job
@@ -27,7 +28,7 @@ from loramux.train.joint.commands import Inbox, Journal, NoInbox
 from loramux.train.joint.entry import Entry
 from loramux.train.joint.faults import OwnFault
 from loramux.train.joint.forward import JointForward
-from loramux.train.joint.guard import MemoryGuard, parse_bytes
+from loramux.train.joint.guard import MemoryGuard
 from loramux.train.joint.orders import Orders
 from loramux.train.joint.relief import Relief
 from loramux.train.joint.schedule import Candidate, RoundRobin, Scheduler
