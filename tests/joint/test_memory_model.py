@@ -15,6 +15,7 @@ from loramux.train.joint.forward import JointForward
 from loramux.train.joint.guard import resident_bytes
 from loramux.train.joint.leastsq import nonnegative_fit
 from loramux.train.joint.memory import CallShape, HighWater, MemoryModel
+from loramux.train.joint.table import rows
 
 DOUBLE = torch.float64
 NAMES = ["lora", "milora", "mixlora"]
@@ -114,6 +115,7 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
     limit = sum(sorted(resident.values())[-2:]) + int(largest * 1.1)
     seen: list[tuple[int, float]] = []
     shared: list[Any] = []
+    lacking: set[str] = set()
 
     class Watched(JointForward):
         def __call__(self, parts: Any) -> Any:
@@ -122,6 +124,7 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
             if all(guard.model.knows(part.name) for part in parts):  # it is being measured before
                 seen.append((guard.resident, guard.predicted(parts)))
                 shared[:] = parts if len(parts) > 1 else shared
+                lacking.update(row["job"] for row in rows(made) if row["status"] == "held")
             return super().__call__(parts)
 
     base = tiny(dtype=DOUBLE)
@@ -131,6 +134,7 @@ def test_calls_and_admission_stay_under_the_limit_and_nobody_loses_by_it(
     assert [result.status for result in made.run()] == ["finished"] * 3
     assert all(held + call <= limit for held, call in seen)
     assert len({held for held, _ in seen}) > 1, "the third job came in when another had ended"
+    assert lacking == {"mixlora"}, "the table says who waits for memory"
     same_as_solo(made, NAMES)
     # Room for one of these parts: they are no longer laid into one call.
     assert made.guard is not None

@@ -192,7 +192,9 @@ def test_rows_seen_before_cost_no_further_call_of_the_reference() -> None:
 def test_it_learns_what_is_preferred() -> None:
     base = tiny()
     handle = attached(base, ["lora"])
-    each = job(dpo(), num=12, steps=16, learning_rate=2e-2, micro_batch_size=4, validation=pairs(8, seed=3))
+    each = job(
+        dpo(), num=12, steps=16, learning_rate=2e-2, micro_batch_size=4, validation=pairs(8, seed=3)
+    )
     trainer = Trainer(base, handle, [each])
     (result,) = trainer.run()
     history = trainer.runners[0].state.history

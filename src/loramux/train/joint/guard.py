@@ -49,7 +49,7 @@ class MemoryGuard:
         self.model = MemoryModel()
         self.resident = 0  # of the admitted jobs
         self.largest: dict[str, float] = {}  # each job's largest call, predicted
-        self.refused: dict[str, str] = {}
+        self.waiting: list[str] = []  # jobs for which there is no room now
 
     # --- Before a job's first step ------------------------------------------------------------------
 
@@ -106,6 +106,7 @@ class MemoryGuard:
             if self.limit is None or not chosen or self.resident + own + call <= self.limit:
                 chosen.append(entry)
                 self.resident, highest = self.resident + own, call
+        self.waiting = [entry.name for entry in entries if entry not in chosen]
         return chosen
 
     def fits(self, parts: Sequence[Part]) -> bool:

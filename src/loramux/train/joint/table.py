@@ -60,6 +60,11 @@ def _spent(entry: Entry) -> tuple[int, float]:
     return (0, 0.0) if result is None else (result.tokens, result.seconds)
 
 
+def _lacks_memory(trainer: JointTrainer, entry: Entry) -> bool:
+    """Moved away, or not admitted yet."""
+    return entry.is_held or (trainer.guard is not None and entry.name in trainer.guard.waiting)
+
+
 def _memory(trainer: JointTrainer, entry: Entry) -> int | None:
     """Bytes above the base: what the job holds, and its largest call where that is predicted."""
     runner = entry.runner
@@ -81,7 +86,7 @@ def _row(trainer: JointTrainer, entry: Entry, total: float) -> dict[str, Any]:
     else:
         state = runner.state
         row["status"] = state.status
-        if runner.is_running and (entry.is_paused or entry.is_held):
+        if runner.is_running and (entry.is_paused or _lacks_memory(trainer, entry)):
             row["status"] = "paused" if entry.is_paused else "held"
         row |= {"step": state.step, "steps": runner.num_steps, "reason": state.reason}
         if row["status"] == "held":

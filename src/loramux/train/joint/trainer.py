@@ -228,7 +228,9 @@ class JointTrainer(Trainer):
         if self.team is None:
             self.calls.run(works, self.round)
             return
-        shares = self.team.divide([(work.runner, [list(part) for part in work.examples]) for work in works])
+        shares = self.team.divide(
+            [(work.runner, [list(part) for part in work.examples]) for work in works]
+        )
         for work, share in zip(works, shares, strict=True):
             work.examples, work.mine = share.examples, share.mine
         self.calls.run(works)
