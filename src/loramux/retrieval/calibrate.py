@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from loramux.retrieval.background import Background
-from loramux.retrieval.drawn import digest_of, draw_scores
+from loramux.retrieval.drawn import Doubles, digest_of, draw_scores
 from loramux.retrieval.errors import RetrievalError
 from loramux.retrieval.profile import Profile
 
@@ -83,11 +83,7 @@ def calibrated_threshold(
     return Calibration(limit, refused, digest)
 
 
-def _weighted_quantile(
-    values: np.ndarray[tuple[int], np.dtype[np.float64]],
-    weight: np.ndarray[tuple[int], np.dtype[np.float64]],
-    share: float,
-) -> float:
+def _weighted_quantile(values: Doubles, weight: Doubles, share: float) -> float:
     """The largest value with no more than `share` of the weight below it."""
     order = np.argsort(values, kind="stable")
     below = np.cumsum(weight[order]) - weight[order]
