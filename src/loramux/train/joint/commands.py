@@ -28,7 +28,10 @@ class Command:
 class Inbox(Protocol):
     """Where commands come from. Called on the training thread, between rounds."""
 
-    stays_open: bool  # whether the run waits for more when every job has ended
+    @property
+    def stays_open(self) -> bool:
+        """Whether the run waits for more when every job has ended."""
+        ...
 
     def poll(self) -> Sequence[Command]:
         """What was asked since the last call."""

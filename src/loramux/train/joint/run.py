@@ -61,6 +61,7 @@ def joint_trainer(
 ) -> JointTrainer:
     """The trainer of the recipe's jobs, with what lets further ones in while it runs."""
     assert recipe.joint is not None
+    trainer: JointTrainer
     first = recipe.jobs_resolved()
     wanted = {job.name: Path(job.out) for job in first if job.out}
 

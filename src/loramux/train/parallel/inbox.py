@@ -17,7 +17,7 @@ class TeamInbox(AbstractContextManager["TeamInbox"]):
     def __init__(self, inner: Inbox, team: Team):
         self.inner = inner
         self.team = team
-        self.stays_open = inner.stays_open
+        self.stays_open = True  # until the first process has said
         self._own: list[Command] = []
 
     def __enter__(self) -> TeamInbox:
@@ -32,9 +32,14 @@ class TeamInbox(AbstractContextManager["TeamInbox"]):
     def poll(self) -> Sequence[Command]:
         group = self.team.group
         self._own = list(self.inner.poll()) if group.is_first else []
-        told = {"stop": self.team.wants_stop, "commands": [asdict(one) for one in self._own]}
+        told = {
+            "stop": self.team.wants_stop,
+            "commands": [asdict(one) for one in self._own],
+            "open": group.is_first and self.inner.stays_open,
+        }
         heard = group.exchange(told)
         self.team.is_stopping = any(one["stop"] for one in heard)
+        self.stays_open = bool(heard[0]["open"])
         # The first process answers the very objects that it was given.
         return self._own if group.is_first else [Command(**one) for one in heard[0]["commands"]]
 
