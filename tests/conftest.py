@@ -9,9 +9,9 @@ import tempfile
 
 # Digests and models cached by tests must not land among the user's. One folder for all workers: compiling kernels takes
 # longer than most tests, and a worker inherits what the process that started it has set.
-MADE_HERE = "LORAMUX_TESTS_CACHE" not in os.environ
-if MADE_HERE:
+if "LORAMUX_TESTS_CACHE" not in os.environ:
     os.environ["LORAMUX_TESTS_CACHE"] = tempfile.mkdtemp(prefix="loramux-tests-")
+    os.environ["LORAMUX_TESTS_CACHE_OF"] = str(os.getpid())
 os.environ["XDG_CACHE_HOME"] = os.environ["LORAMUX_TESTS_CACHE"]
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -28,7 +28,7 @@ from pico import build_pico, pico_tokenizer
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if MADE_HERE:
+    if os.environ["LORAMUX_TESTS_CACHE_OF"] == str(os.getpid()):
         shutil.rmtree(os.environ["LORAMUX_TESTS_CACHE"], ignore_errors=True)
 
 

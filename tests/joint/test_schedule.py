@@ -8,6 +8,7 @@ import pytest
 
 from loramux.errors import RecipeError
 from loramux.recipe import JointConfig, parse_recipe
+from loramux.recipe.schema import READ_BY
 from loramux.train.joint import Candidate
 from loramux.train.joint.budget import TokenBudget
 from loramux.train.joint.schedule import (
@@ -122,9 +123,8 @@ def test_nobody_starves_behind_a_higher_priority_and_it_does_not_wait_for_them()
 def test_a_scheduler_is_a_function_of_the_jobs_and_not_of_their_order() -> None:
     draw = random.Random(3)
     for name in MAKERS:
-        scheduler = make_scheduler(
-            JointConfig.model_validate({"scheduler": name, "round_tokens": 120})
-        )
+        keys = {"round_tokens": 120} if name in READ_BY["round_tokens"] else {}
+        scheduler = make_scheduler(JointConfig.model_validate({"scheduler": name, **keys}))
         for _ in range(20):
             jobs = some(draw, 6)
             first = scheduler.pick(5, jobs)
@@ -141,6 +141,24 @@ def test_an_unknown_scheduler_or_size_is_refused_before_anything_is_loaded() -> 
     ):
         with pytest.raises(RecipeError, match=rf"joint\.{key}.*{told}"):
             parse_recipe({"base": "nowhere", "joint": {key: value}})
+
+
+def test_a_key_that_the_scheduler_does_not_read_is_refused_and_not_passed_over() -> None:
+    set_apart = {"round_tokens": 99, "objective": "turnaround", "priorities": "weighted", "patience": 3,
+                 "concurrency": 7, "q": 0.25}  # fmt: skip
+    assert set_apart.keys() == READ_BY.keys()
+    for key, value in set_apart.items():
+        for name in MAKERS:
+            given = {"base": "nowhere", "joint": {"scheduler": name, key: value}}
+            if name in READ_BY[key]:
+                before, after = (
+                    make_scheduler(JointConfig.model_validate(each))
+                    for each in ({"scheduler": name}, given["joint"])
+                )
+                assert before != after, f"{name} reads {key}"
+            else:
+                with pytest.raises(RecipeError, match=f"{key} is not for scheduler: {name}"):
+                    parse_recipe(given)
 
 
 def test_every_scheduler_of_the_schema_is_made() -> None:

@@ -200,6 +200,17 @@ class JobPatch(_Strict):
     out: str | None = Field(None, description="folder that the trained adapter is copied to")
 
 
+# Which schedulers read a key of `joint`; another one would pass over it in silence.
+READ_BY = {
+    "round_tokens": ("round_robin", "budget"),
+    "objective": ("budget",),
+    "priorities": ("budget",),
+    "patience": ("budget",),
+    "concurrency": ("fifo", "priority", "minpad", "adaptive"),
+    "q": ("adaptive",),
+}
+
+
 class JointConfig(_Strict):
     """Jobs share model calls instead of taking turns; `joint: true` takes the defaults."""
 
@@ -236,6 +247,17 @@ class JointConfig(_Strict):
         if value is not None:
             parse_bytes(value)
         return value
+
+    @model_validator(mode="after")
+    def _is_read(self) -> Self:
+        for key, names in READ_BY.items():
+            is_default = getattr(self, key) == type(self).model_fields[key].default
+            if self.scheduler not in names and not is_default:
+                raise ValueError(
+                    f"{key} is not for scheduler: {self.scheduler}; leave it out, or set scheduler to "
+                    f"{' or '.join(names)}"
+                )
+        return self
 
 
 class JobRecipe(_Strict):

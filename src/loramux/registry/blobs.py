@@ -165,7 +165,10 @@ class LocalBlobs:
         with storing():
             self.tmp.mkdir(parents=True, exist_ok=True)
             part = self.tmp / f"{MARK}-{secrets.token_hex(8)}"
-            part.write_text(owner, encoding="ascii")
+            with part.open("w", encoding="ascii") as file:
+                file.write(owner)
+                file.flush()
+                os.fsync(file.fileno())  # an empty mark would be another registry's
             try:
                 os.link(part, self.root / MARK)
                 sync_folder(self.root)

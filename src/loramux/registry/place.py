@@ -32,11 +32,7 @@ def check_place(parts: Parts, *, writes: bool) -> None:
     if found == own:
         return
     if found is not None:
-        raise StorageError(
-            "the blobs at this place belong to another registry; name this registry's own place with --blobs "
-            "(registry.blobs in a server's YAML), and give every database a place of its own",
-            code="wrong_blobs",
-        )
+        raise _others()
     if probes and all(parts.blobs.size(sha256) is None for sha256 in probes):
         raise StorageError(
             "the blobs of this registry are not at this place; name the place that they were stored at with --blobs "
@@ -45,3 +41,13 @@ def check_place(parts: Parts, *, writes: bool) -> None:
         )
     if writes:
         parts.blobs.set_mark(own)
+        if parts.blobs.mark() != own:  # another registry was first
+            raise _others()
+
+
+def _others() -> StorageError:
+    return StorageError(
+        "the blobs at this place belong to another registry; name this registry's own place with --blobs "
+        "(registry.blobs in a server's YAML), and give every database a place of its own",
+        code="wrong_blobs",
+    )

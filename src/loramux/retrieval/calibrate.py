@@ -50,11 +50,13 @@ class AbstainAt:
 @dataclass(frozen=True)
 class Calibration:
     """min_score, and the share of drawn prompts it refuses whose own adapter is left out. digest: of the profiles and
-    word frequencies it was worked out from; None where they were too few and the fixed value stands in."""
+    word frequencies it was worked out from; None where they were too few and the fixed value stands in. at: what it
+    was worked out for."""
 
     min_score: float
     refused: float | None
     digest: str | None
+    at: AbstainAt | None = None
 
 
 def calibrated_threshold(
@@ -69,18 +71,19 @@ def calibrated_threshold(
     if len(usable) < MIN_PROFILES:
         return Calibration(FALLBACK, None, None)
     digest = digest_of(usable, background)
-    if known is not None and known.digest == digest:
+    if known is not None and (known.digest, known.at) == (digest, at):
         return known
     drawn = draw_scores(usable, background, max(2, NUM_DRAWS // (2 * len(usable))))
     kind = drawn.with_instruction
-    weight = {"with": kind * 1.0, "without": ~kind * 1.0}.get(at.instruction)
-    if weight is None:
+    chosen = {"with": kind * 1.0, "without": ~kind * 1.0}.get(at.instruction)
+    weight: Doubles = np.zeros(0) if chosen is None else np.asarray(chosen, np.float64)
+    if chosen is None:
         weight = np.where(kind, 1.0 / max(1, kind.sum()), 1.0 / max(1, (~kind).sum()))
     if not weight.any():
         return Calibration(FALLBACK, None, None)
     limit = _weighted_quantile(drawn.inside, weight, at.rate)
     refused = float(((drawn.outside < limit) * weight).sum() / weight.sum())
-    return Calibration(limit, refused, digest)
+    return Calibration(limit, refused, digest, at)
 
 
 def _weighted_quantile(values: Doubles, weight: Doubles, share: float) -> float:

@@ -65,7 +65,7 @@ def digest_of(profiles: Sequence[Profile], background: Background) -> str:
     """SHA-256 hex of all that the scores depend on."""
     digest = hashlib.sha256(background.idf.tobytes())
     for profile in profiles:
-        digest.update(np.int64([profile.num_samples, len(profile.seen)]).tobytes())
+        digest.update(np.array([profile.num_samples, len(profile.seen)], np.int64).tobytes())
         for part in (profile.lexical.buckets, profile.lexical.values, profile.seen):
             digest.update(part.tobytes())
     return digest.hexdigest()

@@ -89,7 +89,7 @@ class Retriever:
         self.index, self.encoder = index, encoder
         self.ranking = Ranking() if ranking is None else ranking
         self.min_score, self.refresh_at, self.reject_central = min_score, refresh_at, reject_central
-        self._calibrated: tuple[int, Calibration] | None = None
+        self._calibrated: tuple[tuple[int, AbstainAt], Calibration] | None = None
         self._required = Where().tagged(base=base)
 
     @property
@@ -173,13 +173,13 @@ class Retriever:
         """The least lexical score that is in force now; None: whatever is best is found."""
         if not isinstance(self.min_score, AbstainAt):
             return self.min_score
-        version, known = self.background.version, self._calibrated
-        if known is None or known[0] != version:
+        key, known = (self.background.version, self.min_score), self._calibrated
+        if known is None or known[0] != key:
             # Two threads may both work it out: they find the same.
             last = None if known is None else known[1]
             profiles = self.index.profiles(MAX_PROFILES)
             found = calibrated_threshold(profiles, self.background, self.min_score, last)
-            self._calibrated = known = (version, found)
+            self._calibrated = known = (key, found)
         return known[1].min_score
 
     def follow(self, registry: Any, caller: str | None = None, **options: Any) -> Follower:

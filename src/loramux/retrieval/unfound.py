@@ -22,7 +22,7 @@ def samples_note(registry: Registry, version: Version) -> str | None:
     """A sentence if this version keeps its name from being found by a prompt; None if nothing is lost."""
     name = f"{version.tenant}/{version.name}"
     versions = registry.versions(name, None)
-    if _looked_at(versions).version != version.version:
+    if not versions or _looked_at(versions).version != version.version:
         return None
     query = (
         select(profiles.c.version_id)

@@ -16,7 +16,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from loramux.registry.names import check_alias, check_name
-from loramux.server.auth import CallerDep, ServicesDep
+from loramux.registry.types import EVERYONE
+from loramux.server.auth import CallerDep, ServicesDep, authorise
 from loramux.server.config import ServerConfig
 from loramux.server.errors import ApiError
 from loramux.server.services import Services
@@ -108,6 +109,7 @@ def router() -> APIRouter:
                 services.extras.get(STAGING),
             )
             async with taken as form:
+                await authorise(request)  # the key may have been revoked while the bytes came
                 began = time.time()
                 version, notes = await in_thread(lambda: _publish(services, config, caller, form))
         is_new = version.created_at >= began
@@ -279,5 +281,6 @@ def remember(services: Services, version: Any, profile: Any) -> None:
     if follower is not None:
         follower.sync()  # the profile is in the registry's database, with the version
         return
-    tags = {"base": version.base_digest or "", "method": version.method}
+    readers = (EVERYONE,) if version.visibility == "shared" else ()
+    tags = {"base": version.base_digest or "", "method": version.method, "readers": readers}
     services.retriever.upsert(version.ref, profile, owner=version.tenant, tags=tags)

@@ -9,14 +9,16 @@ import asyncio
 import ipaddress
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from loramux.server.auth import check_key
+from loramux.server.auth import CALLER, check_key
 from loramux.server.config import LimitsConfig
 from loramux.server.errors import ApiError, envelope, response_of
 from loramux.server.limits import PROBES, RETRY_S
@@ -43,7 +45,10 @@ class Outer:
         self.limits, self.is_local = limits, is_local
         # Half: connections that wait for their next request are open as well.
         self.most = max(1, limits.max_connections // 2)
+        # Or one tenant's bodies, each a byte at a time, would keep everybody else out.
+        self.most_of_one = max(1, self.most * 3 // 4)
         self.num_active = 0
+        self._by_tenant: Counter[str] = Counter()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -72,9 +77,10 @@ class Outer:
             if self.num_active > self.most and scope["path"] not in PROBES:
                 raise _overloaded()
             self._check(scope)
-            if scope["path"] not in LARGE_BODIES:
-                receive = self._capped(scope, receive)
-            await self.app(scope, receive, tagged)
+            with self._counted(scope):
+                if scope["path"] not in LARGE_BODIES:
+                    receive = self._capped(scope, receive)
+                await self.app(scope, receive, tagged)
         except ApiError as error:
             if is_started:
                 raise
@@ -104,6 +110,26 @@ class Outer:
                 "this server has no keys and answers to http://127.0.0.1 and http://localhost only",
                 code="permission_denied",
             )
+
+    @contextmanager
+    def _counted(self, scope: MutableMapping[str, Any]) -> Iterator[None]:
+        """One of the tenant's requests under way, whatever it is at; a refusal if it has too many."""
+        if CALLER not in scope:
+            yield
+            return
+        tenant = scope[CALLER][0].tenant
+        if self._by_tenant[tenant] >= self.most_of_one:
+            raise ApiError(
+                f"you have {self.most_of_one} requests under way already; wait for one to end",
+                code="too_many_requests", status=429, headers={"Retry-After": str(RETRY_S)},
+            )  # fmt: skip
+        self._by_tenant[tenant] += 1
+        try:
+            yield
+        finally:
+            self._by_tenant[tenant] -= 1
+            if not self._by_tenant[tenant]:
+                del self._by_tenant[tenant]
 
     def _capped(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
         limit = self.limits.body_bytes

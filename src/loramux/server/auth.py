@@ -5,6 +5,7 @@ Why in front of all: a route that forgets to ask would be open. The table of rul
 
 from __future__ import annotations
 
+import time
 from collections.abc import MutableMapping
 from typing import Annotated, Any, cast
 
@@ -17,7 +18,10 @@ from loramux.tenancy.errors import AuthError
 from loramux.tenancy.policy import ALLOW, NO_KEY, POLICY, PUBLIC, decide, rule_of
 
 OPEN_PATHS = frozenset(path for (_, path), rule in POLICY.items() if rule.scope == PUBLIC)
-CALLER = "loramux.caller"  # in the scope: whose key the request carries
+CALLER = (
+    "loramux.caller"  # in the scope: whose key the request carries, and when that was looked at
+)
+FRESH_S = 0.25  # how long that holds: a body may take minutes, and a key be revoked meanwhile
 METRICS = "/metrics"  # `metrics.public`: may be asked without a key; one that is sent is checked
 
 
@@ -33,16 +37,16 @@ async def authorise(request: Request) -> None:
         request.state.caller = Caller.local()
         return
     rule = rule_of(request.method, request.scope["route"].path)
-    caller = None
+    caller: Any = None
     # A public route does not look at the header: a health check may carry a proxy's own.
     if rule is None or rule.scope != PUBLIC:
-        secret = bearer(request)
-        if secret is None and _is_keyless(request):
-            request.state.caller = None
-            return
-        known = request.scope.get(CALLER)  # `check_key` has looked
-        if known is not None or secret is not None:
-            caller = known or services.tenancy.keys.authenticate(secret)
+        caller, seen = request.scope.get(CALLER, (None, 0.0))  # `check_key` has looked
+        if caller is None or time.monotonic() - seen >= FRESH_S:
+            secret = bearer(request)
+            if secret is None and _is_keyless(request):
+                request.state.caller = None
+                return
+            caller = None if secret is None else services.tenancy.keys.authenticate(secret)
     decision = decide(rule, caller)
     if decision == NO_KEY:
         raise ApiError(
@@ -66,7 +70,7 @@ def check_key(services: Services, scope: MutableMapping[str, Any]) -> None:
     if secret is None and _is_keyless(request):
         return
     try:
-        scope[CALLER] = services.tenancy.keys.authenticate(secret)
+        scope[CALLER] = services.tenancy.keys.authenticate(secret), time.monotonic()
     except AuthError as error:
         raise as_api_error(error) from None
 

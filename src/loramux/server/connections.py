@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable
 from http import HTTPStatus
@@ -19,8 +20,10 @@ from loramux.server.config import LimitsConfig
 from loramux.server.errors import envelope
 from loramux.server.limits import PROBES, RETRY_S
 
+log = logging.getLogger(__name__)
 HEAD_BYTES = 64 * 1024  # request line and headers
 LOOK_S = 1.0
+MAX_AHEAD = 8  # requests of one connection sent before the first is answered, until no more is read
 HARD = 2  # times max_connections: beyond it a connection is closed without a word
 
 
@@ -35,35 +38,56 @@ def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotoni
         """One connection. `since`: when it began to wait for a head."""
 
         since = 0.0
-        is_in_head = False
-        head_bytes = 0
+        # Since a request's first byte or its last piece of body: head, trailers, what chunks say of themselves.
+        is_in_request = has_body = False
+        loose_bytes = 0
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.since = clock()
+            self.unanswered: list[Any] = []  # whose answers later requests wait for
             watch.arrived(self)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            for cycle in self.unanswered:  # uvicorn tells the last one only
+                cycle.disconnected = not cycle.response_complete
+                cycle.message_event.set()
 
         def on_response_complete(self) -> None:
             self.since = clock()
             super().on_response_complete()
 
-        # httptools calls these two; h11 bounds the head itself.
+        # httptools calls these; h11 bounds heads and trailers itself.
         def on_message_begin(self) -> None:
-            self.is_in_head, self.head_bytes = True, 0
+            self.is_in_request, self.loose_bytes = True, 0
             super().on_message_begin()
 
+        def on_body(self, body: bytes) -> None:
+            self.has_body, self.loose_bytes = True, 0
+            super().on_body(body)
+
         def on_headers_complete(self) -> None:
-            self.is_in_head = False
+            before = self.cycle
             super().on_headers_complete()
+            if before is not None and not before.response_complete:
+                self.unanswered = [c for c in self.unanswered if not c.response_complete] + [before]
+                if len(self.unanswered) <= MAX_AHEAD:
+                    self.flow.resume_reading()  # else nobody notices that the client goes away
+
+        def on_message_complete(self) -> None:
+            self.is_in_request = False
+            super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
             refuse(self.transport, 400, "this is no valid HTTP request", "invalid_request")
 
         def data_received(self, data: bytes) -> None:
+            self.has_body = False
             super().data_received(data)
-            if self.is_in_head:
-                self.head_bytes += len(data)
-                if self.head_bytes > HEAD_BYTES:
+            if self.is_in_request and not self.has_body and not self.transport.is_closing():
+                self.loose_bytes += len(data)
+                if self.loose_bytes > HEAD_BYTES:
                     refuse(self.transport, 431, f"the head exceeds {HEAD_BYTES} bytes", "too_large")
 
     return Bounded
@@ -89,7 +113,10 @@ class _Watch:
     def _look(self, loop: asyncio.AbstractEventLoop, connections: set[Any]) -> None:
         now = self._clock()
         for connection in list(connections):
-            self._judge(connection, now - connection.since)
+            try:
+                self._judge(connection, now - connection.since)
+            except Exception:  # or it would be the last look at all others
+                log.exception("a connection could not be looked at")
         self._is_looking = bool(connections)
         if connections:
             loop.call_later(LOOK_S, self._look, loop, connections)

@@ -62,11 +62,14 @@ class Express:
         await response(scope, receive, send)
 
     async def _answer(self, lane: Lane, request: Request) -> Response:
-        await authorise(request)
-        caller = request.state.caller
-        self._services.check_room(caller)
-        body = parse(lane.body, await _read(request), request.headers.get("content-type"))
-        return await lane.answer(body, request, self._services, caller)
+        # As FastAPI looks at it: who embeds the application may have put something else in its place.
+        check = request.app.dependency_overrides.get(authorise, authorise)
+        await check(request)
+        self._services.check_room(request.state.caller)
+        data = await _read(request)
+        await check(request)  # the key may have been revoked while the body came
+        body = parse(lane.body, data, request.headers.get("content-type"))
+        return await lane.answer(body, request, self._services, request.state.caller)
 
 
 async def _read(request: Request) -> bytes:

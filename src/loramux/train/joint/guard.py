@@ -152,10 +152,12 @@ class MemoryGuard:
         return size * (1 + self.model.margin)
 
     def state(self) -> dict[str, Any]:
-        return self.model.state()
+        return {**self.model.state(), "largest": self.largest}
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        """As it stood: the largest calls too, for what has been learned since would predict others."""
         self.model = MemoryModel.restored(state)
+        self.largest = {name: float(size) for name, size in state.get("largest", {}).items()}
 
 
 def shape_of(runner: JobRunner, part: Sequence[int]) -> CallShape:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from loramux.train.job import Job
 from loramux.train.joint.commands import Command
+from loramux.train.parallel.group import ParallelError
 
 if TYPE_CHECKING:
     from loramux.train.joint.trainer import JointTrainer
+    from loramux.train.runner import JobRunner
+
+log = logging.getLogger(__name__)
 
 
 class Orders:
@@ -27,17 +31,30 @@ class Orders:
             return
         for command in run.inbox.poll():
             problem = self._why_not(command)
-            job: Job | None = None
+            runner: JobRunner | None = None
             if not problem and command.what == "add":
-                try:
-                    assert run.load is not None
-                    job = run.load(command.value)
-                except (ValueError, OSError) as error:
-                    problem = " ".join(str(error).split())
+                runner, problem = self._prepared(command)
             if not problem:
                 self.journal.append(run.round, command)
-                self._apply(command, job)
+                self._apply(command, runner)
             run.inbox.answered(command, problem)
+
+    def _prepared(self, command: Command) -> tuple[JobRunner | None, str]:
+        """The runner of a job to add, or why there can be none: what is wrong with it must show before the journal
+        says that it was taken in, for a run that goes on obeys the journal."""
+        run = self.trainer
+        assert run.load is not None
+        before = set(run.handle.adapters)
+        try:
+            return run.prepare(run.load(command.value)), ""
+        except ParallelError:
+            raise
+        except Exception as error:
+            log.debug("job %s", command.job, exc_info=True)
+            for name in set(run.handle.adapters) - before:
+                run.handle.remove(name)
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            return None, kind + (" ".join(str(error).split()) or type(error).__name__)
 
     def _why_not(self, command: Command) -> str:
         entries = self.trainer.entries
@@ -53,13 +70,13 @@ class Orders:
             return f"no job named {command.job!r}; there are {list(entries)}"
         return "" if entry.is_open else f"the job {command.job!r} has ended"
 
-    def _apply(self, command: Command, job: Job | None = None) -> None:
+    def _apply(self, command: Command, runner: JobRunner | None = None) -> None:
         run = self.trainer
         if command.what == "add":
-            if job is None:
+            if runner is None:
                 assert run.load is not None
-                job = run.load(command.value)
-            run.join(job)
+                runner = run.prepare(run.load(command.value))
+            run.join(runner)
             return
         entry = run.entries[command.job]
         if command.what == "cancel":

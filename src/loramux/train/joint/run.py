@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loramux.errors import RecipeError
+from loramux.formats.peft import CONFIG_NAME, MIXTURE_NAME
 from loramux.recipe import JobRecipe, Recipe, load_job
 from loramux.recipe.load import read_mapping
 from loramux.train.events import Listener
@@ -26,25 +28,57 @@ if TYPE_CHECKING:
     from loramux.train.parallel import Group
     from loramux.train.trainer import Trainer
 
+log = logging.getLogger(__name__)
 SHARED = ("base", "dtype")  # of all jobs of a run
 
 
 class Copies(Listener):
-    """Puts a copy of a finished adapter where its job said."""
+    """Puts a copy of a finished adapter where its job said; it stays in the run's own folder too."""
 
-    def __init__(self, wanted: dict[str, Path]):
-        self.wanted = wanted
+    def __init__(self, jobs: Sequence[JobRecipe]):
+        self.wanted: dict[str, Path] = {}
+        for job in jobs:
+            self.expect(job)
+
+    def expect(self, job: JobRecipe) -> None:
+        """Raises where the copy would take the place of something that is no adapter."""
+        if not job.out:
+            return
+        target = Path(job.out)
+        _check_target(target, job.name)
+        for other, its in self.wanted.items():
+            if other != job.name and its.resolve() == target.resolve():
+                raise RecipeError(
+                    f"jobs {other!r} and {job.name!r}: out names {job.out!r} for both; give each its own folder"
+                )
+        self.wanted[job.name] = target
 
     def stopped(self, trainer: Trainer, job: str, status: str, reason: str) -> None:
         assert trainer.out is not None
         source = trainer.out / job / "adapter"
         target = self.wanted.get(job)
-        if target is not None and source.is_dir():
+        if target is None or not source.is_dir():
+            return
+        try:
+            _check_target(target, job)  # once more: hours may have gone by
             part = target.with_name(f".{target.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             shutil.copytree(source, part)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(part, target)
+        except (RecipeError, OSError) as error:  # the other jobs go on
+            log.warning("the adapter of job %s is in %s alone: %s", job, source, error)
+
+
+def _check_target(target: Path, job: str) -> None:
+    """What lies there goes away, so it must be an adapter, or nothing."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not any((target / name).is_file() for name in (CONFIG_NAME, MIXTURE_NAME)):
+        raise RecipeError(
+            f"job {job!r}: out names {str(target)!r}, which is there and is no adapter; name a new folder, or one "
+            "that holds an adapter to be replaced"
+        )
 
 
 def joint_trainer(
@@ -62,8 +96,7 @@ def joint_trainer(
     """The trainer of the recipe's jobs, with what lets further ones in while it runs."""
     assert recipe.joint is not None
     trainer: JointTrainer
-    first = recipe.jobs_resolved()
-    wanted = {job.name: Path(job.out) for job in first if job.out}
+    copies = Copies(recipe.jobs_resolved())
 
     def read(path: Path) -> JobRecipe:
         given = read_mapping(path, "name, method, data and training")
@@ -77,8 +110,7 @@ def joint_trainer(
 
     def load(value: Any) -> Job:
         job = JobRecipe.model_validate({k: v for k, v in value.items() if k != THEN})
-        if job.out:
-            wanted[job.name] = Path(job.out)
+        copies.expect(job)
         built = build_job(job, tokenizer)
         add_job(handle, job)
         return built
@@ -102,7 +134,7 @@ def joint_trainer(
         jobs,
         out=out,
         resume=resume,
-        listeners=[*listeners, Copies(wanted)] if group is None or group.is_first else [],
+        listeners=[*listeners, copies] if group is None or group.is_first else [],
         group=group,
         scheduler=make_scheduler(recipe.joint),
         memory=recipe.joint.memory,

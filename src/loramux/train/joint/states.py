@@ -88,7 +88,7 @@ def restore(trainer: JointTrainer, store: CheckpointStore, resume: bool) -> None
                     f"{store.folder} holds a job {row['name']!r} that was added while it ran, and nothing here says "
                     "what it is; go on with the command that started the run"
                 )
-            trainer.admit(trainer.load(command.value))
+            trainer.admit(trainer.prepare(trainer.load(command.value)))
         prefix = f"{i}."
         groups = {
             name.removeprefix(prefix): group
@@ -98,6 +98,8 @@ def restore(trainer: JointTrainer, store: CheckpointStore, resume: bool) -> None
         _restore_one(trainer, row, groups)
     # In the order in which they came, whatever was loaded first.
     order = {row["name"]: i for i, row in enumerate(saved.meta["jobs"])}
+    for row in saved.meta["jobs"]:  # taking ended jobs off has let those go that wait for memory
+        trainer.entries[row["name"]].is_held = bool(row.get("is_held", False))
     trainer.entries = dict(sorted(trainer.entries.items(), key=lambda item: order[item[0]]))
     for arrival, entry in enumerate(trainer.entries.values()):
         entry.arrival = arrival
@@ -133,7 +135,6 @@ def _restore_one(trainer: JointTrainer, row: Mapping[str, Any], groups: Mapping[
     entry.last_round = int(row["last_round"])
     entry.joined = int(row.get("joined", 0))
     entry.is_paused = bool(row["is_paused"])
-    entry.is_held = bool(row.get("is_held", False))
     if row["result"] is None:
         assert entry.runner is not None
         entry.runner.restore(row["state"], groups)

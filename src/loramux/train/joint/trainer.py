@@ -132,22 +132,24 @@ class JointTrainer(Trainer):
         self.entries[job.name] = entry
         return entry
 
-    def admit(self, job: Job) -> Entry:
-        """Take in a job whose adapter is on the handle."""
+    def prepare(self, job: Job) -> JobRunner:
+        """The runner of a job whose adapter is on the handle; raises what is wrong with it and changes nothing."""
         if job.name in self.entries:
             raise ValueError(f"a job named {job.name!r} is in this run; choose another name")
         if job.packing:
             check_packing(self.model, self.handle, job.train)
-        runner = self._runner(job)
+        return self._runner(job)
+
+    def admit(self, runner: JobRunner) -> Entry:
+        """Take in a job."""
         self.runners.append(runner)
         return self._enter(runner)
 
-    def join(self, job: Job) -> None:
+    def join(self, runner: JobRunner) -> None:
         """Take in a job while the run goes on, and tell who listens."""
-        entry = self.admit(job)
-        assert entry.runner is not None
-        self.trace.job(self.round, entry.runner)
-        self._tell("joined", entry.runner)
+        self.admit(runner)
+        self.trace.job(self.round, runner)
+        self._tell("joined", runner)
 
     def cancel(self, entry: Entry) -> None:
         """End a job as asked; its adapter is written."""
