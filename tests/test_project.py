@@ -151,6 +151,7 @@ def test_the_package_ships_its_types_its_data_and_its_kernels() -> None:
     assert (PACKAGE / "ops" / "lora.c").exists()
     assert (PACKAGE / "demo" / "demo.yaml").exists()
     assert (PACKAGE / "demo" / "data" / "NOTICE.md").exists()
+    assert len(list((PACKAGE / "bench" / "traces").glob("*.jsonl"))) == 2
 
 
 def test_the_demo_recipe_is_the_one_that_the_demo_runs() -> None:
