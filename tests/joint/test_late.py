@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from joint.jobs import attached, job, tiny, weights
+from joint.jobs import attached, job, tiny
 from joint.recipes import JOBS, recipe, write_base
 from joint.test_commands import Scripted, attached_to
 from joint.test_resume import StopAfter
-from loramux.recipe import DpoConfig, RecipeError
+from loramux.errors import RecipeError
+from loramux.recipe import DpoConfig
 from loramux.train import train_recipe
 from loramux.train.joint import Command, JointTrainer
-from loramux.train.joint.guard import resident_bytes
 from loramux.train.joint.run import Copies
 from train.toys import pairs
 
@@ -116,7 +116,6 @@ def test_a_resumed_run_under_a_limit_admits_and_predicts_as_the_unbroken_one(
         )
 
     unbroken = made(tmp_path / "unbroken", "measured")
-    resident = [resident_bytes(runner) for runner in unbroken.runners]
     unbroken.run()
     stopped = made(tmp_path / "broken", "measured", StopAfter(4))
     stopped.run()
@@ -127,4 +126,3 @@ def test_a_resumed_run_under_a_limit_admits_and_predicts_as_the_unbroken_one(
     again.run()
     assert unbroken.guard is not None
     assert again.guard.state() == unbroken.guard.state()
-    del resident, weights
