@@ -11,6 +11,7 @@ import pytest
 
 from loramux.cli.main import main
 from loramux.registry import Registry, StorageError
+from loramux.registry.blobs import LocalBlobs
 from registry.uploads import put
 
 
@@ -64,6 +65,24 @@ def test_a_place_of_a_registry_from_before_is_marked_at_the_first_write(tmp_path
         assert registry.folder(version).is_dir() and not mark.exists()
         put(registry, tmp_path, "b")
         assert mark.is_file()
+
+
+def test_of_two_registries_that_begin_at_one_place_at_once_one_is_refused(
+    place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path, "one", place("own")) as one, opened(tmp_path, "two", place("own")) as two:
+        blobs = one._parts.blobs
+        mark = blobs.set_mark
+
+        def late(owner: str) -> None:
+            put(two, tmp_path, "b")
+            if isinstance(blobs, LocalBlobs):
+                mark(owner)  # elsewhere the last one stays
+
+        monkeypatch.setattr(blobs, "set_mark", late)
+        with pytest.raises(StorageError, match="another registry"):
+            put(one, tmp_path, "a")
+        assert two.fsck().is_clean
 
 
 def test_a_registry_that_was_moved_with_its_blobs_is_the_same(tmp_path: Path) -> None:

@@ -75,6 +75,15 @@ def test_the_threshold_is_kept_until_the_background_is_made_anew(
     assert pool.threshold() != first and len(calls) == 2
 
 
+def test_another_rate_is_another_threshold_of_the_same_profiles(pool: Retriever) -> None:
+    first = pool.threshold()
+    pool.min_score = AbstainAt(rate=0.5)
+    second = pool.threshold()
+    assert first is not None and second is not None and second > first
+    pool.refresh()
+    assert pool.threshold() == second
+
+
 def test_it_decides_what_is_found_and_a_calls_own_value_goes_before_it(pool: Retriever) -> None:
     foreign = "zebra quagga okapi"
     found = pool.retrieve(foreign, 3, allowed=EVERYTHING)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -107,6 +107,67 @@ def test_a_head_without_an_end_is_cut_off(served: Served) -> None:
             while sent < 2**22:
                 sent += sock.send(b"X-Padding: " + b"x" * 4000 + b"\r\n")
         assert sent < 2**22
+
+
+@pytest.mark.parametrize("line", [b"X-Padding: " + b"x" * 4000 + b"\r\n", b"x" * 4096])
+def test_trailers_without_an_end_are_cut_off_as_well(served: Served, line: bytes) -> None:
+    with opened(served, 1) as (sock,):
+        sent = 0
+        with suppress(ConnectionError, TimeoutError):
+            sock.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+            while sent < 2**23:
+                sent += sock.send(line)
+        assert sent < 2**23
+
+
+def test_a_long_body_in_small_chunks_is_no_head(served: Served) -> None:
+    body = json.dumps({**BODY, "prompt": "x" * 100}).encode().ljust(200_000)
+    with opened(served, 1) as (sock,):
+        sock.sendall(HEAD + b"Content-Type: application/json\r\nConnection: close\r\n")
+        sock.sendall(b"Transfer-Encoding: chunked\r\n\r\n")
+        for start in range(0, len(body), 2000):
+            sock.sendall(b"7d0;" + b"e" * 2000 + b"\r\n")
+            sock.sendall(body[start : start + 2000] + b"\r\n")
+        sock.sendall(b"0\r\n\r\n")
+        answer = until_closed(sock)
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_who_leaves_with_several_calls_on_one_connection_gives_their_places_back(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.services.engine, "delay_s", 5.0)
+    body = json.dumps(BODY).encode()
+    call = HEAD + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with opened(served, 1) as (sock,):
+        sock.sendall(call * 3)
+        _until(lambda: served.services.gate.num_inflight == 1)
+    _until(lambda: served.services.gate.num_inflight == 0)
+    assert served.services.engine.running == 0
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 2
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_connection_that_cannot_be_looked_at_does_not_end_the_looking(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge, failed = connections._Watch._judge, []
+
+    def once(self: Any, *given: Any) -> None:
+        if not failed:
+            failed.append(1)
+            raise RuntimeError("of a transport")
+        judge(self, *given)
+
+    monkeypatch.setattr(connections._Watch, "_judge", once)
+    with opened(served, 1) as (sock,):
+        assert told(until_closed(sock))[0] == 408
+    assert failed and "could not be looked at" in caplog.text
 
 
 def test_a_body_that_drips_is_refused_although_it_is_never_silent(

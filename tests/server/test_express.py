@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,83 @@ def test_a_tenant_without_room_is_refused_before_a_byte_of_its_body_is_read(tmp_
         asyncio.run(app(scope, receive, send))
     assert heads[0]["status"] == 429
     assert b"retry-after" in dict(heads[0]["headers"])
+
+
+@pytest.fixture
+def keyed(tmp_path: Path) -> Iterator[tuple[Any, Tenancy, Any]]:
+    """(application with room for four requests, its tenancy, a key of the tenant acme)."""
+    with Registry.open(tmp_path) as registry, Tenancy.open(registry.database) as tenancy:
+        told = config(tenants={"enabled": True}, limits={"max_connections": 8})
+        app = create_app(told, stub_services(registry=registry, tenancy=tenancy))
+        tenancy.tenants.create("acme", actor="test")
+        tenancy.tenants.create("bob", actor="test")
+        yield app, tenancy, tenancy.keys.create("acme", scopes=["infer"], actor="test")
+
+
+async def post(app: Any, secret: str, receive: Any, path: str = COMPLETIONS) -> int:
+    """The status of a call whose body comes from `receive`."""
+    heads: list[Any] = []
+
+    async def send(message: Any) -> None:
+        heads.append(message)
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": b"", "query_string": b"",
+        "root_path": "", "scheme": "http", "http_version": "1.1", "server": ("a", 80), "client": ("b", 1),
+        "headers": [(b"authorization", b"Bearer " + secret.encode()), (b"content-type", b"application/json")],
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return int(heads[0]["status"])
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/embeddings"])
+def test_a_key_that_is_revoked_while_its_body_comes_runs_nothing(
+    keyed: tuple[Any, Tenancy, Any], monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    app, tenancy, key = keyed
+    monkeypatch.setattr("loramux.server.auth.FRESH_S", 0.0)
+
+    body = b'{"model": "base", "prompt": "x", "input": "x"}'
+    sent = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+    async def receive() -> Any:
+        tenancy.keys.revoke(key.key.id, actor="test")
+        return next(sent, {"type": "http.disconnect"})
+
+    assert asyncio.run(post(app, key.secret, receive, path)) == 401
+    assert app.state.services.engine.served == 0
+
+
+def test_bodies_that_one_tenant_never_ends_leave_places_for_the_others(
+    keyed: tuple[Any, Tenancy, Any],
+) -> None:
+    app, tenancy, key = keyed
+    other = tenancy.keys.create("bob", scopes=["infer"], actor="test")
+
+    async def main() -> list[int]:
+        never = asyncio.Event()
+
+        async def silent() -> Any:
+            await never.wait()
+            return {"type": "http.disconnect"}
+
+        def short() -> Any:
+            sent = iter([{"type": "http.request", "body": b'{"model": "base", "prompt": "x"}'}])
+
+            async def receive() -> Any:
+                return next(sent, None) or await silent()
+
+            return receive
+
+        held = [asyncio.ensure_future(post(app, key.secret, silent)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        found = [await post(app, key.secret, silent), await post(app, other.secret, short())]
+        never.set()
+        await asyncio.gather(*held)
+        never.clear()
+        return [*found, await post(app, key.secret, short())]
+
+    assert asyncio.run(main()) == [429, 200, 200]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,10 @@ def evaluate_many(
 
     start = time.perf_counter()
     folders = _folders(adapters)
+    if against_base and BASE in folders:
+        raise LoramuxError(
+            f"{BASE!r} is the base's own row; write the adapter's folder as ./{BASE}"
+        )
     tasks = read_tasks(data, rows)
     wanted = check_metrics(tasks, metrics)
     if batch_size < 1:

@@ -20,8 +20,6 @@ from loramux.tenancy.policy import ALLOW, NO_KEY, POLICY, PUBLIC, decide, rule_o
 OPEN_PATHS = frozenset(path for (_, path), rule in POLICY.items() if rule.scope == PUBLIC)
 # In the scope: whose key the request carries, and when that was looked at.
 CALLER = "loramux.caller"
-    "loramux.caller"  # in the scope: whose key the request carries, and when that was looked at
-)
 FRESH_S = 0.25  # how long that holds: a body may take minutes, and a key be revoked meanwhile
 METRICS = "/metrics"  # `metrics.public`: may be asked without a key; one that is sent is checked
 
