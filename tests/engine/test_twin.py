@@ -75,6 +75,34 @@ def test_samples_that_part_inside_a_block_copy_it_in_both_pools(
                 assert_close(seen["r", index, len(prompt) + place], wanted[place], (index, place))
 
 
+def test_who_is_preempted_or_leaves_changes_nothing_for_the_others(
+    folders: dict[str, Path], core: loramux.Handle
+) -> None:
+    draw = random.Random(3)
+    prompts = {f"r{i}": random_prompt(draw, 18, 24) for i in range(5)}
+    tight = build_engine().stats()["kv_bytes"] // build_engine().blocks.num_blocks * 20
+    with build_engine(kv_memory=tight, prefix_cache=False) as engine:
+        engine.add_adapter(NAME, folders[NAME])
+        for request_id, prompt in prompts.items():
+            engine.add_request(greedy(prompt, NAME, 14, id=request_id))
+        for _ in range(3):
+            engine.step()
+        engine.abort("r0")
+        while engine.has_work():
+            engine.step()
+        assert engine.stats()["scheduler"]["num_preemptions"] > 0
+        for request_id, prompt in prompts.items():
+            done = engine.completion(request_id)
+            assert done is not None
+            if request_id == "r0":
+                assert done[0].finish_reason == "abort"
+                continue
+            whole = [*prompt, *done[0].token_ids]
+            wanted = dense_logits(core, NAME, whole, len(prompt))[:-1].argmax(-1)
+            assert wanted.tolist() == list(done[0].token_ids)
+        assert_idle(engine)
+
+
 def test_the_second_pool_is_made_when_it_is_needed_and_counted(folders: dict[str, Path]) -> None:
     with build_engine() as engine:
         for name, folder in folders.items():

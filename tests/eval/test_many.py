@@ -188,6 +188,15 @@ def test_an_adapter_of_another_base_is_refused_before_anything_is_scored(
         run(base, [adapters[0], foreign], data)
 
 
+def test_an_adapter_called_as_the_bases_own_row_is_refused_and_not_taken_for_it(
+    adapters, data, tmp_path, monkeypatch
+):
+    (tmp_path / "base").symlink_to(adapters[0])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LoramuxError, match=r"write the adapter's folder as \./base"):
+        evaluate_many("no/base", ["base"], data, against_base=True, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

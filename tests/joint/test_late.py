@@ -126,3 +126,19 @@ def test_a_resumed_run_under_a_limit_admits_and_predicts_as_the_unbroken_one(
     again.run()
     assert unbroken.guard is not None
     assert again.guard.state() == unbroken.guard.state()
+
+
+def test_a_job_that_waits_for_memory_still_waits_when_the_run_goes_on(tmp_path: Path) -> None:
+    def made(*listeners: Any) -> JointTrainer:
+        model = tiny()
+        handle = attached(model, ["milora", "lora"])
+        jobs = [job("milora", steps=6), job("lora", steps=2)]
+        return JointTrainer(
+            model, handle, jobs, out=tmp_path / "run", resume=True, listeners=listeners
+        )
+
+    stopped = made(StopAfter(3))
+    assert [result.status for result in stopped.run()] == ["running", "finished"]
+    stopped.entries["milora"].is_held = True
+    stopped.checkpoint()
+    assert made().entries["milora"].is_held

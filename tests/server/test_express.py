@@ -136,7 +136,8 @@ def test_a_tenant_without_room_is_refused_before_a_byte_of_its_body_is_read(tmp_
 def keyed(tmp_path: Path) -> Iterator[tuple[Any, Tenancy, Any]]:
     """(application with room for four requests, its tenancy, a key of the tenant acme)."""
     with Registry.open(tmp_path) as registry, Tenancy.open(registry.database) as tenancy:
-        told = config(tenants={"enabled": True}, limits={"max_connections": 8})
+        limits = {"max_connections": 8, "read_timeout_s": 3.0}
+        told = config(tenants={"enabled": True}, limits=limits)
         app = create_app(told, stub_services(registry=registry, tenancy=tenancy))
         tenancy.tenants.create("acme", actor="test")
         tenancy.tenants.create("bob", actor="test")

@@ -10,6 +10,7 @@ import torch
 
 import loramux
 from joint.jobs import METHODS, attached, tiny, weights
+from loramux.data import Example, collate
 from loramux.errors import LoramuxError
 from loramux.recipe import DpoConfig, parse_recipe
 from loramux.train import Job, Listener, StepEvent, Trainer, TrainingConfig, train_recipe
@@ -187,6 +188,21 @@ def test_rows_seen_before_cost_no_further_call_of_the_reference() -> None:
     trainer.run()
     assert [name for name in calls if name is None] == [None] * 2  # two batches, three epochs
     assert calls.count("lora") == 6
+
+
+def test_rows_of_the_same_tokens_with_other_answers_have_references_of_their_own() -> None:
+    base, handle = plain("lora")
+    ids = [7, 8, 9, 10, 11]
+    rows = [
+        Example.build("toy", ids, [place >= first for place in range(len(ids))]) for first in (2, 4)
+    ]
+
+    def seen(some: list[Example]) -> list[float]:
+        objective = objective_of(job(dpo()), handle, SupervisedForward(base))
+        return list(objective.complete(collate(some, PAD), some)["reference"].tolist())
+
+    assert seen(rows) == pytest.approx([seen([row])[0] for row in rows])
+    assert seen(rows)[0] < seen(rows)[1] < 0  # of three tokens, and of one
 
 
 def test_it_learns_what_is_preferred() -> None:

@@ -76,7 +76,7 @@ class Effort:
     score_layers: tuple[int, ...] = (12,)
     joint_rounds: int = 7
     joint_runs: int = 1
-    joint_steps: int = 24
+    joint_steps: int = 60
 
     def at_most(self, rounds: int) -> Effort:
         """The same with no more than so many rounds of anything. Raises ValueError below 3: no interval comes of it."""
