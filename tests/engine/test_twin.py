@@ -80,8 +80,9 @@ def test_who_is_preempted_or_leaves_changes_nothing_for_the_others(
 ) -> None:
     draw = random.Random(3)
     prompts = {f"r{i}": random_prompt(draw, 18, 24) for i in range(5)}
-    tight = build_engine().stats()["kv_bytes"] // build_engine().blocks.num_blocks * 20
-    with build_engine(kv_memory=tight, prefix_cache=False) as engine:
+    with build_engine() as engine:
+        block = engine.stats()["kv_bytes"] // engine.blocks.num_blocks
+    with build_engine(kv_memory=20 * block, prefix_cache=False) as engine:
         engine.add_adapter(NAME, folders[NAME])
         for request_id, prompt in prompts.items():
             engine.add_request(greedy(prompt, NAME, 14, id=request_id))
