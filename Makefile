@@ -31,7 +31,7 @@ serve-demo: $(VENV)/.stamp-serve
 	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/loramux serve-demo
 
 many: $(VENV)/.stamp-demo
-	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m loramux.demo.many --out runs/many $(MANY_ARGS)
+	env -u OMP_NUM_THREADS OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m loramux.demo.many --out runs/eight $(MANY_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)

@@ -1,6 +1,6 @@
 """Eight adapters on eight tasks at once, each against its solo run: accuracy, throughput and memory.
 
-    python -m loramux.demo.many --out runs/many         # some 25 minutes on two cores
+    python -m loramux.demo.many --out runs/eight         # some 25 minutes on two cores
 
 Every part (the base's scores, all jobs together, each job alone, each job in PEFT; the last three per seed) runs in a
 process of its own, so that its peak memory is its own, and leaves a file: what is there is not done again. Same rows,
@@ -173,7 +173,7 @@ def setting_of(arguments: list[str]) -> tuple[Path, Setting]:
     parser = argparse.ArgumentParser(
         prog="python -m loramux.demo.many", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/many"), help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/eight"), help="folder of the results")
     parser.add_argument("--base", default="smollm2-135m", help="folder, fetch name or hub id")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(Setting.seeds))
