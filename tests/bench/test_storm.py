@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,14 @@ def test_a_folder_that_changed_and_is_not_read_again_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Entry, "look", lambda self: None)
-    outcome = storm(tmp_path, Plan(steps=STEPS, adapters=8, slots=5, swap=0.6))
-    assert any("was answered by version" in problem for problem in outcome.problems)
+
+    # Whether an overwritten folder is still in memory when it is asked for again depends on the loader's thread.
+    def problems() -> Iterator[str]:
+        for seed in range(8):
+            plan = Plan(steps=STEPS, adapters=8, slots=5, swap=0.6, seed=seed)
+            yield from storm(tmp_path / str(seed), plan).problems
+
+    assert any("was answered by version" in problem for problem in problems())
 
 
 def test_a_digest_that_does_not_follow_the_rows_is_noticed(

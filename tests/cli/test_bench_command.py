@@ -39,7 +39,8 @@ def test_everything_the_engine_promises_can_be_asked_for(what: str, calls: list[
 
 
 def test_the_names_are_those_of_the_library() -> None:
-    assert [what.value for what in What] == list(PARTS)
+    # `schedule` simulates; it has no parts.
+    assert [what.value for what in What if what is not What.schedule] == list(PARTS)
     assert {part.value for part in Part} == {name for parts in PARTS.values() for name in parts}
 
 

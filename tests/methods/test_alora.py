@@ -177,7 +177,7 @@ def test_a_resumed_run_knows_the_ranks_of_its_best_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The best validation lies before the first round, the stop behind it."""
-    monkeypatch.setattr(JobRunner, "_validation_loss", lambda runner: float(runner.state.step))
+    monkeypatch.setattr(JobRunner, "_validation_means", lambda runner: [float(runner.state.step)])
     settings: dict[str, Any] = {"resume": True, "eval_every": 2}
     whole = trainer(ALoRAConfig(**SHORT), out=tmp_path / "whole", **settings)
     (want,) = whole.run()
@@ -198,7 +198,9 @@ def test_edits_that_the_best_weights_undo_are_marked_so(
         def edited(self, trainer: Trainer, job: str, rows: Any) -> None:
             seen.extend(rows)
 
-    monkeypatch.setattr(JobRunner, "_validation_loss", lambda runner: abs(runner.state.step - 4.0))
+    monkeypatch.setattr(
+        JobRunner, "_validation_means", lambda runner: [abs(runner.state.step - 4.0)]
+    )
     run = trainer(ALoRAConfig(**SHORT), Watch(), out=tmp_path, eval_every=2)
     run.run()
     edits = json.loads((tmp_path / "edits.json").read_text())
@@ -219,7 +221,7 @@ def test_edits_that_the_best_weights_undo_are_marked_so(
 
 def test_edits_before_the_best_weights_need_no_word(tmp_path: Path, caplog: Any) -> None:
     run = trainer(ALoRAConfig(**SHORT), eval_every=2)
-    run.runners[0]._validation_loss = lambda: -float(run.runners[0].state.step)  # type: ignore[method-assign]
+    run.runners[0]._validation_means = lambda: [-float(run.runners[0].state.step)]  # type: ignore[method-assign]
     run.run()
     assert {edit["what"] for edit in edits_of(run)} == {"round", "prune", "add"}
     assert "best validation" not in caplog.text

@@ -141,7 +141,7 @@ def test_the_best_weights_come_back_in_the_shapes_they_had(tmp_path: Path) -> No
 
     runs = trainer({"one": Moving()}, Watch(), out=tmp_path)
     one = runs.runners[0]
-    one._validation_loss = lambda: float(one.state.step != 3)  # type: ignore[method-assign]
+    one._validation_means = lambda: [float(one.state.step != 3)]  # type: ignore[method-assign]
     result, _ = runs.run()
     assert result.best_step == 3 and shapes[3] != shapes[9]
     assert ranks_of(runs.handle.adapters["one"]) == shapes[3]

@@ -160,7 +160,10 @@ def _lora(rank: int) -> loramux.LoraConfig:
 
 
 def _mixlora() -> loramux.MixLoRAConfig:
-    return loramux.MixLoRAConfig(r=RANK, lora_alpha=2 * RANK, num_experts=8, top_k=2)
+    # Its default dropout off: the LoRA it is compared with has none.
+    return loramux.MixLoRAConfig(
+        r=RANK, lora_alpha=2 * RANK, num_experts=8, top_k=2, lora_dropout=0.0
+    )
 
 
 def measure(effort: Effort, folder: str | None, begin: Begin) -> Measured:

@@ -97,7 +97,7 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
-    if result["bench"] == "schedule":
+    if result.get("bench") == "schedule":
         _show_schedule(result["details"])
         return
     rows = [

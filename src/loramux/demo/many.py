@@ -173,7 +173,9 @@ def setting_of(arguments: list[str]) -> tuple[Path, Setting]:
     parser = argparse.ArgumentParser(
         prog="python -m loramux.demo.many", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/eight"), help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/eight"), help="folder of the results"
+    )
     parser.add_argument("--base", default="smollm2-135m", help="folder, fetch name or hub id")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(Setting.seeds))
