@@ -8,8 +8,6 @@ process costs; the base and the libraries are in it once per process.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from loramux.bench.joint import Load, Peft, Rounds
+from loramux.bench.memory import run_apart
 from loramux.bench.progress import Begin
 from loramux.bench.shape import Effort, Shape, build_base, one_thread
 from loramux.bench.stats import median_interval, verdict
@@ -85,17 +84,7 @@ def peak_in_a_process(
 ) -> dict[str, float]:
     """MB at the peak of a few steps, above the loaded base and whole."""
     work = {"kind": kind, "load": asdict(load), "shape": asdict(effort.shape), "folder": folder}
-    done = subprocess.run(
-        [sys.executable, "-m", "loramux.bench.joint_memory", json.dumps(work)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {kind} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_apart("loramux.bench.joint_memory", work)
 
 
 def measure(kind: str, load: Load, shape: Shape, folder: str | None) -> dict[str, float]:

@@ -73,17 +73,23 @@ def _row(
 
 def peak_in_a_process(kind: str, effort: Effort, folder: str | None) -> float:
     """MB at the peak, above the loaded base."""
-    work = json.dumps({"kind": kind, "effort": asdict(effort), "folder": folder})
+    work = {"kind": kind, "effort": asdict(effort), "folder": folder}
+    return float(run_apart("loramux.bench.memory", work)["mb"])
+
+
+def run_apart(module: str, work: dict[str, Any]) -> dict[str, float]:
+    """What `python -m module WORK` prints as its last line, run with one thread; `work` has a `kind`."""
     done = subprocess.run(
-        [sys.executable, "-m", "loramux.bench.memory", work],
+        [sys.executable, "-m", module, json.dumps(work)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {kind} failed:\n{done.stderr[-2000:]}")
-    return float(json.loads(done.stdout.splitlines()[-1])["mb"])
+        raise RuntimeError(f"measuring the memory of {work['kind']} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def measure(kind: str, effort: Effort, folder: str | None) -> float:
