@@ -86,7 +86,7 @@ $(VENV)/.stamp-demo: pyproject.toml $(VENV)/.stamp-torch
 	touch $@
 
 $(VENV)/.stamp-serve: pyproject.toml $(VENV)/.stamp-torch
-	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo,serve,retrieval]" "openai>=1.40"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" -e ".[demo,serve,retrieval]" "openai>=1.40" "httpx>=0.27"
 	touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml $(VENV)/.stamp-torch
