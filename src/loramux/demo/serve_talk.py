@@ -143,6 +143,7 @@ def check_installed() -> None:
     for module in ("fastapi", "uvicorn"):
         require(module, "serve", "the serving demo")
     require("openai", "dev", "the serving demo")
+    require("httpx", "dev", "the serving demo")
 
 
 def zipped(folder: Path, **other: bytes) -> bytes:
