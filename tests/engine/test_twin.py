@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from engine.crowd import (
 )
 from engine.helpers import assert_idle, record_samples, run_all
 from loramux.engine import twin
+from loramux.engine.kv import KVPool
 from pico import build_pico
 
 NAME = "xlora-plain"
@@ -55,9 +57,19 @@ def test_a_prompt_found_in_the_prefix_cache_brings_the_bases_keys_along(
         assert_idle(engine)
 
 
+class Unwritten(KVPool):
+    """Holds NaN wherever nothing was written: a block that was not copied shows in every number that reads it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        for tensor in (*self.keys_LBGDTP, *self.values_LBGTDP):
+            tensor.fill_(float("nan"))
+
+
 def test_samples_that_part_inside_a_block_copy_it_in_both_pools(
-    folders: dict[str, Path], core: loramux.Handle
+    folders: dict[str, Path], core: loramux.Handle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(twin, "KVPool", Unwritten)
     prompt = random_prompt(random.Random(2), 19, 19)
     params = loramux.SamplingParams(
         max_tokens=6, n=3, temperature=1.5, seed=4, ignore_eos=True, logprobs=1

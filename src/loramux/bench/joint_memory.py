@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +99,10 @@ def measure(kind: str, load: Load, shape: Shape, folder: str | None) -> dict[str
         subject = (
             Rounds(base, load, joint=True)
             if kind == JOINT
-            else Peft(base, load, at_once=kind == ALL_ROWS)
+            else Peft(
+                base, replace(load, jobs=1) if kind == ONE else load, at_once=kind == ALL_ROWS
+            )
         )
-        if kind == ONE:
-            subject.batches = subject.batches[:1]  # type: ignore[union-attr]
         for _ in range(STEPS):
             subject.step()
     peak = _kib("VmHWM")
