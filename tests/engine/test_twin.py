@@ -49,6 +49,7 @@ def test_a_prompt_found_in_the_prefix_cache_brings_the_bases_keys_along(
         for number in range(2):
             done = run_all(engine, [greedy([*prompt, number], NAME, id=f"r{number}")])
             (completion,) = done[f"r{number}"]
+            assert completion.error is None and completion.token_ids
             whole = [*prompt, number, *completion.token_ids]
             wanted = dense_logits(core, NAME, whole, len(prompt) + 1)
             for place in range(len(completion.token_ids)):
@@ -81,6 +82,7 @@ def test_samples_that_part_inside_a_block_copy_it_in_both_pools(
         samples = run_all(engine, [asked])["r"]
         assert len({completion.token_ids for completion in samples}) > 1
         for index, completion in enumerate(samples):
+            assert completion.error is None and len(completion.token_ids) == 6
             whole = [*prompt, *completion.token_ids]
             wanted = dense_logits(core, NAME, whole, len(prompt))
             for place in range(len(completion.token_ids)):
