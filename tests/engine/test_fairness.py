@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from engine.fake_runner import FakeRunner, tokens_of
@@ -122,6 +124,90 @@ def test_idle_times_earn_no_credit_and_clear_no_debt():
     assert shares["late"].counter == 150
     shares.enter("new")
     assert shares["new"].counter == 100
+
+
+def served_once(shares, tenant, tokens):
+    """It comes, is served and goes; returns where it started."""
+    shares.enter(tenant)
+    start = shares[tenant].counter
+    shares.start(tenant, 0)
+    shares.charge(tenant, tokens, 0)
+    shares.settle()
+    shares.stop(tenant, 0)
+    shares.leave(tenant)
+    return start
+
+
+def test_who_comes_back_is_ahead_by_what_it_did_not_use_up_to_the_head_start():
+    shares = Shares({"gold": 2.0}, head_start=30)
+    assert [served_once(shares, tenant, 10) for tenant in ("a", "gold")] == [0, 10]
+    shares.enter("busy")
+    shares.start("busy", 0)
+    shares.charge("busy", 5, 0)
+    shares.settle()
+    assert served_once(shares, "a", 1) == 10, "ten behind: less than the head start"
+    shares.charge("busy", 85, 0)
+    shares.settle()
+    floor = shares["busy"].counter
+    assert floor == 105
+    assert served_once(shares, "a", 20) == floor - 30
+    assert served_once(shares, "a", 20) == floor - 10, "what was used is gone"
+    assert served_once(shares, "a", 20) == floor + 10
+    assert served_once(shares, "gold", 1) == floor - 15, "tokens, by weight"
+    assert served_once(shares, "new", 1) == floor, "nothing for tenants made on the spot"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_coming_and_going_never_gives_more_than_a_share_and_the_head_start(seed):
+    """Against one that always waits, over every span of time: a saver gains once what it saved, at most."""
+    draw, head_start = random.Random(seed), 24
+    runner = FakeRunner(
+        num_blocks=400,
+        limits=Limits(max_batch=4, max_step_tokens=16, max_chunk=8, head_start=head_start),
+        has_cache=False,
+    )
+    lead, least, most_gained = [], 0, 0
+    is_away, own = False, []
+    for step in range(1500):
+        while (
+            sum(s.state == "waiting" and s.tenant == "steady" for s in runner.scheduler._records)
+            < 2
+        ):
+            runner.add(tokens_of(step, 8), max_tokens=4, tenant="steady")
+        if draw.random() < 0.02:
+            is_away = not is_away
+        if not is_away and sum(s.state != "finished" for s in own) < 6:
+            own += runner.add(tokens_of(step + 7, 8), max_tokens=4, tenant="saver")
+        runner.step()
+        served = runner.scheduler.stats().served
+        lead.append(served.get("saver", 0) - served.get("steady", 0))
+        least = min(least, lead[-1])
+        most_gained = max(most_gained, lead[-1] - least)
+    # Six prompts and answers of 11 tokens each may be under way on top.
+    assert head_start < most_gained <= head_start + 6 * 11
+
+
+def test_a_quiet_tenant_that_comes_back_goes_before_the_prompts_of_a_flood():
+    """At equal counters, which is where idle times without a head start end, half of its pieces would wait."""
+    waits = {}
+    for head_start in (0, 200):
+        limits = Limits(max_batch=12, max_step_tokens=16, max_chunk=16, head_start=head_start)
+        runner = FakeRunner(num_blocks=800, limits=limits, has_cache=False)
+        runner.add(tokens_of(1, 8), max_tokens=1, tenant="quiet")
+        runner.run_until_idle()
+        waits[head_start] = []
+        for i in range(60):
+            while sum(s.tenant == "flood" for s in runner.scheduler._records) < 8:
+                runner.add(tokens_of(i, 48), max_tokens=4, tenant="flood")
+            runner.step()
+            if i % 10 == 9:
+                (quiet,) = runner.add(tokens_of(i, 96), max_tokens=1, tenant="quiet")
+                before = len(runner.plans)
+                while not quiet.num_generated:
+                    runner.step()
+                waits[head_start].append(len(runner.plans) - before)
+    assert max(waits[200]) <= 9, "six pieces of 16, less what answers take of each step"
+    assert sum(waits[0]) > 1.3 * sum(waits[200]), waits
 
 
 def test_prompts_under_way_count_before_they_are_served():

@@ -41,10 +41,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         has_cache=st.booleans(),
         slots=st.integers(1, 3),
         patience=st.integers(0, 4),
+        max_pauses=st.integers(0, 3),
+        head_start=st.integers(0, 40),
     )
     def build(
         self, num_blocks, block_size, max_batch, extra, max_chunk, max_prompt_tokens, has_cache,
-        slots, patience,
+        slots, patience, max_pauses, head_start,
     ):  # fmt: skip
         self.slots = slots
         self.runner = FakeRunner(
@@ -58,6 +60,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_chunk=max_chunk,
                 max_prompt_tokens=max_prompt_tokens,
                 patience=patience,
+                max_pauses=max_pauses,
+                head_start=head_start,
             ),
         )
 

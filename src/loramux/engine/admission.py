@@ -14,7 +14,9 @@ class Limits:
     and is longer runs alone. max_chunk: tokens of one prompt in one step. max_prompt_tokens: tokens of all prompts in
     a step in which others decode, None for no further limit; it bounds the wait between two tokens of an answer.
     patience: admissions that may overtake a sequence for which no slot is free; then the slots are drained for it.
-    max_probes: waiting sequences asked about in one step.
+    max_probes: waiting sequences asked about in one step. max_pauses: steps in a row in which the answers of a tenant
+    who crowds another make room for that one's first token (yielding.py), 0 for none. head_start: tokens that a tenant
+    who used less than its share may be served before the others (fairness.py).
     """
 
     max_batch: int = 64
@@ -23,14 +25,17 @@ class Limits:
     max_prompt_tokens: int | None = None
     patience: int = 64
     max_probes: int = 64
+    max_pauses: int = 0
+    head_start: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_chunk", "max_prompt_tokens", "max_probes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.patience < 0:
-            raise ValueError(f"patience must be at least 0, got {self.patience}")
+        for name in ("patience", "max_pauses", "head_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_step_tokens < self.max_batch:
             raise ValueError(
                 f"max_step_tokens ({self.max_step_tokens}) is below max_batch ({self.max_batch}): a step must hold "

@@ -33,6 +33,21 @@ class Draft:
         if self._decodes.pop(sequence, None) is not None:
             self.budget += 1
 
+    def drop_decodes(self, tenant: str) -> None:
+        """The tenant's answers go on in a later step. Last thing of all: the room is not given to others."""
+        self._decodes = {s: chunk for s, chunk in self._decodes.items() if s.tenant != tenant}
+
+    @property
+    def decode_tenants(self) -> set[str]:
+        """Whose answers grow in this step."""
+        return {sequence.tenant for sequence in self._decodes}
+
+    @property
+    def first_token_tenants(self) -> set[str]:
+        """Whose prompts run here that were not answered yet."""
+        chunks = (*self._singles, *self._pieces)
+        return {c.sequence.tenant for c in chunks if not c.sequence.num_generated}
+
     def room(self) -> int:
         """Tokens of one prompt that may still run in this step."""
         cap = self._limits.max_prompt_tokens

@@ -48,10 +48,11 @@ class Engine(Answers):
     memory and for those in slots. max_slots: how many experts can be in slots at once (an adapter takes one slot per
     expert). max_batch: sequences per step; max_step_tokens: tokens per step; max_chunk: tokens of one prompt per step.
     max_prompt_tokens: prompt tokens of all requests in a step in which others decode, None for no limit of its own;
-    it bounds the wait between two tokens of an answer.
-    tenant_weights: shares of tenants that are not 1. fuse: run norms and rotary embeddings as one call each where
-    a probe shows the same numbers. cuda_graphs: capture decode steps on a GPU; on a CPU it
-    changes nothing. Raises ValueError with what does not fit.
+    it bounds the wait between two tokens of an answer. max_pauses: steps in a row in which the answers of a tenant who
+    crowds another pause for that one's first token (yielding.py). head_start: tokens by which a tenant who used less
+    than its share may be served before others (fairness.py). tenant_weights: shares of tenants that are not 1.
+    fuse: run norms and rotary embeddings as one call each where a probe shows the same numbers. cuda_graphs: capture
+    decode steps on a GPU; on a CPU it changes nothing. Raises ValueError with what does not fit.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class Engine(Answers):
         max_step_tokens: int = 2048,
         max_chunk: int = 512,
         max_prompt_tokens: int | None = None,
+        max_pauses: int = 0,
+        head_start: int = 2048,
         block_size: int = 16,
         prefix_cache: bool = True,
         fuse: bool = True,
@@ -76,11 +79,9 @@ class Engine(Answers):
         check_base: bool = True,
     ):
         limits = Limits(
-            max_batch=max_batch,
-            max_step_tokens=max_step_tokens,
-            max_chunk=max_chunk,
-            max_prompt_tokens=max_prompt_tokens,
-        )
+            max_batch=max_batch, max_step_tokens=max_step_tokens, max_chunk=max_chunk,
+            max_prompt_tokens=max_prompt_tokens, max_pauses=max_pauses, head_start=head_start,
+        )  # fmt: skip
         self._parts: Parts = build_parts(
             base, tokenizer, dtype=dtype, kv_memory=kv_memory, adapter_memory=adapter_memory,
             slot_memory=slot_memory, max_slots=max_slots, block_size=block_size,

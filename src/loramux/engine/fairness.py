@@ -2,7 +2,9 @@
 
 Why: first come, first served gives everything to whoever floods. Each tenant has a counter of served tokens over its
 weight, and the least one goes first (virtual token counters). Counters outlive idle times, so leaving and coming back
-clears no debt; but idle times earn no credit either: who returns starts no lower than the least counter being served.
+clears no debt. Idle times earn a head start of so many tokens at most: who returns starts no lower than that below the
+least counter being served, so that a tenant that sends little is answered at once, and none can save up service.
+Who comes for the first time starts at that least counter: tenants made on the spot gain nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ _FORGET_ABOVE = 1024  # remembered tenants; only those whose counter says nothin
 
 @dataclass(eq=False)
 class Share:
-    """counter: tokens served over weight. pending: tokens of prompts under way that are not served yet."""
+    """counter: tokens served over weight. pending: tokens of prompts under way that are not served yet.
+
+    num_paused: steps in a row in which its answers made room for somebody's first token.
+    """
 
     weight: float
     counter: float
@@ -24,6 +29,7 @@ class Share:
     pending: int = 0
     num_unfinished: int = 0
     num_running: int = 0
+    num_paused: int = 0
 
     @property
     def standing(self) -> float:
@@ -32,9 +38,13 @@ class Share:
 
 
 class Shares:
-    """The counters of all tenants. One of weight 2 gets twice the tokens; who is not in `weights` weighs 1."""
+    """The counters of all tenants. One of weight 2 gets twice the tokens; who is not in `weights` weighs 1.
 
-    def __init__(self, weights: Mapping[str, float] | None = None) -> None:
+    head_start: tokens that idle times can earn.
+    """
+
+    def __init__(self, weights: Mapping[str, float] | None = None, head_start: int = 0) -> None:
+        self._head_start = head_start
         self._weights: dict[str, float] = {}
         self._shares: dict[str, Share] = {}
         self._busy: dict[str, Share] = {}  # with unfinished work
@@ -73,8 +83,12 @@ class Shares:
         """The tenant has one more unfinished sequence."""
         share = self._busy.get(tenant)
         if share is None:
-            share = self._shares.setdefault(tenant, Share(self._weights.get(tenant, 1.0), 0.0))
-            share.counter = max(share.counter, self._floor)
+            share = self._shares.get(tenant)
+            if share is None:
+                share = Share(self._weights.get(tenant, 1.0), self._floor)
+                self._shares[tenant] = share
+            least = self._floor - self._head_start / share.weight
+            share.counter = max(share.counter, least)
             self._busy[tenant] = share
         share.num_unfinished += 1
 

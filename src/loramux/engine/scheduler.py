@@ -26,6 +26,7 @@ from loramux.engine.request import FinishReason
 from loramux.engine.sequence import Chunk, Sequence, StepPlan
 from loramux.engine.tables import Tables
 from loramux.engine.waiting import WaitingQueues
+from loramux.engine.yielding import pause_answers
 from loramux.errors import LoramuxError
 
 CanAdmit = Callable[[Sequence], Admission]
@@ -81,7 +82,7 @@ class Scheduler:
     ) -> None:
         self.pool = pool
         self.limits = limits or Limits()
-        self.shares = Shares(weights)
+        self.shares = Shares(weights, self.limits.head_start)
         self._can_admit = can_admit
         self._on_finish = on_finish
         self._tables = Tables(pool)
@@ -171,6 +172,7 @@ class Scheduler:
             self._plan_decodes(draft)
             self._plan_prompts(draft)
             self._admit_waiting(draft)
+            pause_answers(draft, self.shares, self.limits.max_pauses)
         except BaseException:
             # Copies that newcomers need before their first step go with the draft, so they must be admitted anew.
             for sequence in [s for s in self._running if s not in before]:

@@ -221,6 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-batch", type=int, default=16)
     parser.add_argument("--max-prompt-tokens", type=int, default=32)
+    parser.add_argument("--max-pauses", type=int, default=8)
     parser.add_argument("--prompt-tokens", type=int, default=256)
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--most", type=float, default=1.5)
@@ -246,7 +247,7 @@ def _run(args: Any) -> dict[str, Any]:
         def measure(floods: bool, load: Load = load) -> Measured:
             engine = Engine(
                 args.base, max_batch=args.max_batch, max_prompt_tokens=args.max_prompt_tokens,
-                max_chunk=args.max_prompt_tokens, prefix_cache=False,
+                max_chunk=args.max_prompt_tokens, max_pauses=args.max_pauses, prefix_cache=False,
             )  # fmt: skip
 
             async def run() -> Measured:
