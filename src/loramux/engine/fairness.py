@@ -13,7 +13,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_FORGET_ABOVE = 1024  # remembered tenants; only those whose counter says nothing are forgotten
+# Remembered tenants. Only those behind all others are forgotten; they come back as new ones, without a head start.
+_FORGET_ABOVE = 16_384
 
 
 @dataclass(eq=False)
