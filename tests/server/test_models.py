@@ -66,7 +66,10 @@ def test_embeddings_are_the_retrievers_and_in_both_formats():
 def test_embeddings_refuse_what_they_cannot_do(fields, status, code):
     http = client(stub_services(retriever=SimpleNamespace(encoder=Encoder())))
     response = http.post("/v1/embeddings", json={"model": "minilm", "input": "x", **fields})
-    assert error_of(response, status)["code"] == code
+    error = error_of(response, status)
+    assert error["code"] == code
+    if code == "model_not_found":
+        assert "'minilm'" in error["message"], "the one name that would do"
 
 
 def test_embeddings_without_an_encoder_say_what_is_missing():

@@ -13,7 +13,6 @@ from starlette.responses import Response
 from loramux.server.auth import CallerDep, ServicesDep
 from loramux.server.bodies import EmbeddingBody
 from loramux.server.errors import ApiError
-from loramux.server.resolve import unknown_model
 from loramux.server.streams import to_json
 
 NAME = "minilm"
@@ -31,7 +30,12 @@ def router() -> APIRouter:
     ) -> Response:
         body.check_extras()
         if body.model not in (NAME, f"{request.app.state.config.name}:{NAME}"):
-            raise unknown_model(body.model)
+            # One answer for all other names: whether one is somebody's adapter is not told.
+            raise ApiError(
+                f"embeddings are made by the model '{NAME}' alone",
+                code="model_not_found",
+                param="model",
+            )
         encoder = getattr(services.retriever, "encoder", None)
         if encoder is None:
             raise ApiError(
