@@ -1,6 +1,6 @@
 """How often retrieval finds nothing where it should find something, and the other way round.
 
-    python -m loramux.bench.retrieval_abstain --adapters DIR --data DIR [--seeds 3] [--prompts 50]
+    python -m loramux.bench.retrieval_abstain --adapters DIR --data DIR [--seeds 3] [--prompts 50] [--scores]
 
 Thresholds: the fixed fallback, and those calibrated from the profiles for 5 % of wrong refusals, on prompts with their
 instruction, without it, and either. Prompts: of tasks whose adapter is there, of the same tasks with it masked, and of
@@ -104,15 +104,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=50, help="test prompts of each task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.05, help="of wrong refusals, as calibrated")
+    parser.add_argument(
+        "--scores", action="store_true", help="compare the lexical, dense and hybrid score instead"
+    )
     options = parser.parse_args(argv)
     folders = sorted(path for path in options.data.iterdir() if (path / "train.jsonl").is_file())
     adapters = [p.name for p in folders if (options.adapters / p.name).is_dir()]
     train = {p.name: _read(p / "train.jsonl", TRAIN_ROWS) for p in folders}
     sent = {p.name: _read(p / "test.jsonl", options.prompts) for p in folders}
+    if options.scores:
+        return _scores(train, sent, adapters, options.seeds)
     rows = [measure(train, sent, adapters, s, options.rate) for s in range(options.seeds)]
     for row in rows:
         sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.write("\n".join(table(rows)) + "\n")
+    return 0
+
+
+def _scores(train: Prompts, sent: Prompts, adapters: Sequence[str], seeds: int) -> int:
+    """How well each score tells prompts with an adapter from others."""
+    from loramux.bench import retrieval_separation
+    from loramux.retrieval.encoder import MiniLM
+
+    def forms(task: str, prompts: Sequence[str]) -> dict[str, Sequence[str]]:
+        return {"": prompts, ", bare": bare(prompts, instruction_of(train[task][:100]))}
+
+    rows = retrieval_separation.run(train, sent, adapters, MiniLM.load(), forms, seeds)
+    for row in rows:
+        sys.stdout.write(json.dumps(row) + "\n")
+    sys.stdout.write("\n".join(retrieval_separation.table(rows)) + "\n")
     return 0
 
 

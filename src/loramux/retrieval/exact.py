@@ -16,10 +16,11 @@ import numpy as np
 
 from loramux.retrieval.background import Background, Query, Tally
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.index import Entry, Scored, check_entry, spread_over
+from loramux.retrieval.index import Entry, Scored, check_entry
 from loramux.retrieval.profile import Profile
 from loramux.retrieval.segment import Rows, row_products
 from loramux.retrieval.text import NUM_BUCKETS, Floats
+from loramux.retrieval.turns import in_turn
 from loramux.retrieval.view import View
 from loramux.retrieval.where import EVERYTHING, Where
 
@@ -87,10 +88,8 @@ class ExactIndex:
 
     def profiles(self, most: int) -> list[Profile]:
         view = self._view
-        return [
-            view.profile(view.place[id], self.encoder_id)
-            for id in spread_over(sorted(view.place), most)
-        ]
+        owned = ((id, view.owners[row]) for id, row in view.place.items())
+        return [view.profile(view.place[id], self.encoder_id) for id in in_turn(owned, most)]
 
     def refresh(self) -> Background:
         with self._writing:

@@ -95,7 +95,7 @@ class Index(Protocol):
         ...
 
     def profiles(self, most: int) -> list[Profile]:
-        """At most so many, spread evenly over the rising ids."""
+        """At most so many, contributors in turn (`in_turn`), by rising id."""
         ...
 
     def refresh(self) -> Background:
@@ -109,12 +109,6 @@ class Index(Protocol):
     def snapshot(self, path: Path) -> None:
         """Write everything a search depends on into one file."""
         ...
-
-
-def spread_over(ids: Sequence[str], most: int) -> list[str]:
-    """At most so many of the ids, evenly spread."""
-    step = max(1.0, len(ids) / most)
-    return [ids[int(i * step)] for i in range(min(most, len(ids)))]
 
 
 def check_entry(entry: Entry, encoder_id: str | None, dim: int | None) -> None:

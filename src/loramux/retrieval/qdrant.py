@@ -20,9 +20,10 @@ import numpy as np
 from loramux.errors import require
 from loramux.retrieval.background import Background, Query, Tally
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.index import Entry, Scored, check_entry, spread_over
+from loramux.retrieval.index import Entry, Scored, check_entry
 from loramux.retrieval.profile import Profile
 from loramux.retrieval.text import Floats, Sparse, unit
+from loramux.retrieval.turns import in_turn
 from loramux.retrieval.where import EVERYTHING, Mark, Where
 
 SHORTLIST = 256
@@ -113,7 +114,9 @@ class QdrantIndex:
         return sorted(str(p.payload["id"]) for p in self._scroll(self._filter(where, None), ["id"]))
 
     def profiles(self, most: int) -> list[Profile]:
-        points = [point_id(id) for id in spread_over(self.ids(), most)]
+        named = (p.payload for p in self._scroll(None, ["id", "owner"]))
+        chosen = in_turn(((str(one["id"]), str(one["owner"])) for one in named), most)
+        points = [point_id(id) for id in chosen]
         found = self._client.retrieve(self._collection, points, with_payload=["id", "profile"])
         return [_profile(p.payload) for p in sorted(found, key=lambda p: str(p.payload["id"]))]
 
