@@ -1,14 +1,17 @@
 """The instrument end to end on a tiny shape: rows, schema, picture; nothing here looks at the numbers."""
 
 import json
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
 from bench.efforts import PICO, TINY
+from loramux.bench import joint
 from loramux.bench import subjects as s
 from loramux.bench.adapters import save_adapters
+from loramux.bench.apart import Apart
 from loramux.bench.decode import Decoder, check_outputs
 from loramux.bench.load import FIRST, FURTHER
 from loramux.bench.memory import memory_rows, peak_in_a_process
@@ -27,9 +30,25 @@ def decoded():
     return bench("decode", part="models", effort=TINY, show_progress=False)
 
 
+class Here:
+    """A subject that is not apart, but for the first: each start of a process costs more than all that it measures."""
+
+    def __init__(self):
+        self.apart = 0
+
+    def __call__(self, make, *args):
+        if not self.apart:
+            self.apart += 1
+            return Apart(make, *args)
+        measure = make(*args)
+        return closing(measure) if hasattr(measure, "close") else nullcontext(measure)
+
+
 @pytest.fixture(scope="module")
 def trained():
-    return bench("train", effort=TINY, show_progress=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint, "Apart", Here())
+        return bench("train", effort=TINY, show_progress=False)
 
 
 @pytest.fixture

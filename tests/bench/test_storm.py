@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loramux.bench import churn as churn_module
+from loramux.bench import storm as storm_module
 from loramux.bench.churn import churn
 from loramux.bench.judge import Outcome
 from loramux.bench.storm import Plan, Storm, main
@@ -162,6 +164,19 @@ def test_contents_that_stay_behind_are_noticed(tmp_path: Path, monkeypatch: pyte
 # --- The command -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Few(Plan):
+    """What the command would do with fewer adapters: here it is about what it says."""
+
+    adapters: int = 12
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storm_module, "Plan", Few)
+
+
+@pytest.mark.usefixtures("few")
 def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "storm.json"
     code = main(["--steps", "30", "--cycles", "20", "--quiet", "--json", str(file)])
@@ -172,6 +187,7 @@ def test_the_command_writes_what_it_found(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().out.endswith("all held\n")
 
 
+@pytest.mark.usefixtures("few")
 def test_the_command_fails_if_a_claim_does_not_hold(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -16,10 +16,11 @@ from pico import build_pico
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 8}
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> str:
-    build_pico("llama", **WIDE).save_pretrained(tmp_path / "wide")
-    return str(tmp_path / "wide")
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base") / "wide"
+    build_pico("llama", **WIDE).save_pretrained(folder)
+    return str(folder)
 
 
 def made(folder: Path, base: str, methods: dict[str, Any], tolerance: float = 0.03) -> Suite:
@@ -41,37 +42,47 @@ METHODS = {
 }
 
 
-def test_ranks_are_found_that_meet_the_budget(tmp_path: Path, base: str) -> None:
-    found = matched(made(tmp_path, base, METHODS))
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory, base: str) -> Suite:
+    return made(tmp_path_factory.mktemp("suite"), base, METHODS)
+
+
+@pytest.fixture(scope="module")
+def found(common: Suite) -> dict[str, Matched]:
+    """Searched once: every test reads it, none changes it."""
+    return matched(common)
+
+
+def test_ranks_are_found_that_meet_the_budget(found: dict[str, Matched]) -> None:
     assert {label: abs(m.deviation) <= 0.03 for label, m in found.items()} == dict.fromkeys(
         ("lora", *METHODS), True
     )
 
 
 @pytest.mark.parametrize("label", ["lora", *METHODS])
-def test_what_is_counted_is_what_is_trained(tmp_path: Path, base: str, label: str) -> None:
-    suite = made(tmp_path, base, METHODS)
-    found = matched(suite)[label]
-    name = suite.methods[label].method.name
+def test_what_is_counted_is_what_is_trained(
+    common: Suite, found: dict[str, Matched], label: str
+) -> None:
+    match = found[label]
+    name = common.methods[label].method.name
     handle = loramux.attach(
-        build_pico("llama", **WIDE), loramux.config_from_dict({"name": name, **found.fields})
+        build_pico("llama", **WIDE), loramux.config_from_dict({"name": name, **match.fields})
     )
-    assert sum(p.numel() for p in handle.trainable_parameters().values()) == found.parameters
+    assert sum(p.numel() for p in handle.trainable_parameters().values()) == match.parameters
 
 
-def test_where_a_rank_is_too_coarse_some_layers_get_one_more(tmp_path: Path, base: str) -> None:
-    found = matched(made(tmp_path, base, METHODS))["mixlora"]
-    assert "of 8 layers" in found.how
-    config = loramux.config_from_dict({"name": "mixlora", **found.fields})
+def test_where_a_rank_is_too_coarse_some_layers_get_one_more(found: dict[str, Matched]) -> None:
+    match = found["mixlora"]
+    assert "of 8 layers" in match.how
+    config = loramux.config_from_dict({"name": "mixlora", **match.fields})
     ranks = {config.rank_at(f"model.layers.{i}.mlp.up_proj") for i in range(8)}
     assert len(ranks) == 2
     assert max(ranks) - min(ranks) == 1
 
 
 def test_alpha_follows_the_rank_so_that_the_scale_is_the_same_everywhere(
-    tmp_path: Path, base: str
+    found: dict[str, Matched],
 ) -> None:
-    found = matched(made(tmp_path, base, METHODS))
     for label, scale in {"lora": 2.0, "mixlora": 2.0, "all": 1.0}.items():
         name = "mixlora" if label == "mixlora" else "lora"
         config = loramux.config_from_dict({"name": name, **found[label].fields})

@@ -6,6 +6,7 @@ graph (engine/tape.py); on a GPU the graph is real.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,34 +23,61 @@ from pico import build_pico
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def run_apart(call: str) -> None:
+CHECKS = {
+    "llama": "check_answers('cpu', 'llama', STATIC, count=5)",
+    "windows": "check_answers('cpu', 'gemma3', STATIC[:2], count=3, with_eager=False)",
+    "small": "check_small('cpu')",
+}
+CHILD = """
+import json, sys, traceback
+import torch
+torch.set_num_threads(1)
+from engine.graph_checks import *
+found = {}
+for name, call in json.loads(sys.argv[1]).items():
+    try:
+        exec(call)
+        found[name] = ""
+    except Exception:
+        found[name] = traceback.format_exc()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def failures() -> dict[str, str]:
+    """Of each check what went wrong, or nothing; one child for all, for its imports take seconds."""
+    pytest.importorskip("triton")
     tests = Path(__file__).parent.parent
     path = os.pathsep.join([str(tests), str(tests.parent / "src")])
     own = {"TRITON_INTERPRET": "1", "LORAMUX_NO_CC": "1", "PYTHONPATH": path}
-    code = f"import torch; torch.set_num_threads(1); from engine.graph_checks import *; {call}"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", CHILD, json.dumps(CHECKS)],
         env={**os.environ, **own},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    assert found.keys() == CHECKS.keys()
+    return found
 
 
-def test_captured_steps_equal_the_core_and_steps_that_are_not_captured() -> None:
-    pytest.importorskip("triton")
-    run_apart("check_answers('cpu', 'llama', STATIC, count=5)")
+def test_captured_steps_equal_the_core_and_steps_that_are_not_captured(
+    failures: dict[str, str],
+) -> None:
+    assert not failures["llama"], failures["llama"]
 
 
-def test_captured_steps_equal_the_core_where_layers_have_windows() -> None:
-    pytest.importorskip("triton")
-    run_apart("check_answers('cpu', 'gemma3', STATIC[:2], count=3, with_eager=False)")
+def test_captured_steps_equal_the_core_where_layers_have_windows(failures: dict[str, str]) -> None:
+    assert not failures["windows"], failures["windows"]
 
 
-def test_what_changes_between_steps_is_seen_and_what_cannot_be_captured_is_not_taken() -> None:
-    pytest.importorskip("triton")
-    run_apart("check_small('cpu')")
+def test_what_changes_between_steps_is_seen_and_what_cannot_be_captured_is_not_taken(
+    failures: dict[str, str],
+) -> None:
+    assert not failures["small"], failures["small"]
 
 
 @pytest.mark.gpu

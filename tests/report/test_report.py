@@ -37,8 +37,10 @@ HISTORY = [{"step": i, "loss": 2.0 / (i + 1), "aux": 0.01} for i in range(1, 21)
 HISTORY[9]["val_loss"], HISTORY[19]["val_loss"] = 0.5, 0.4
 
 
-@pytest.fixture
-def full(tmp_path):
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """Drawn once; whoever reads it changes nothing."""
+    out = tmp_path_factory.mktemp("full") / "out"
     scores = [
         score("clickbait", 0.445, 0.87, stderr_before=0.03, stderr_after=0.02),
         score("clickbait", 0.4, 0.9, metric="raw"),
@@ -46,7 +48,7 @@ def full(tmp_path):
         score("e2e", 3.2, 31.5, metric="bleu"),
     ]
     write_report(
-        tmp_path / "out",
+        out,
         title="Mixture over 3 tasks",
         scores=scores,
         history=HISTORY,
@@ -55,7 +57,7 @@ def full(tmp_path):
         settings={"r": 8, "learning_rate": 1e-3},
         seconds=423.2,
     )
-    return tmp_path / "out"
+    return out
 
 
 class Page(HTMLParser):

@@ -121,4 +121,6 @@ def main(folder: Path, kind: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    for each in sys.argv[2:]:
+        (Path(sys.argv[1]) / each).mkdir()
+        main(Path(sys.argv[1]) / each, each)

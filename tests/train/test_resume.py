@@ -26,19 +26,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(kept)}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("kind", ["mixlora", "beamlora", "moving"])
-def test_a_killed_run_ends_like_an_unbroken_one_wherever_it_was_killed(
-    kind: str, tmp_path: Path
-) -> None:
+KINDS = ("mixlora", "beamlora", "moving")
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder per kind; one child does all, for its imports cost more than the runs of a kind."""
+    folder = tmp_path_factory.mktemp("killed")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     subprocess.run(
-        [sys.executable, str(HERE / "killed_run.py"), str(tmp_path), kind], env=env, check=True
+        [sys.executable, str(HERE / "killed_run.py"), str(folder), *KINDS], env=env, check=True
     )
-    status = json.loads((tmp_path / "status.json").read_text())
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_ends_like_an_unbroken_one_wherever_it_was_killed(
+    kind: str, killed: Path
+) -> None:
+    folder = killed / kind
+    status = json.loads((folder / "status.json").read_text())
     assert status.pop("unbroken") == [0]
     assert len(status) == 4
-    want = contents(tmp_path / "unbroken")
+    want = contents(folder / "unbroken")
     assert "history.json" in want
     if kind == "mixlora":
         assert any(name.endswith("router.safetensors") for name in want)
@@ -46,7 +57,7 @@ def test_a_killed_run_ends_like_an_unbroken_one_wherever_it_was_killed(
         assert len({row["step"] for row in json.loads(want["edits.json"])}) > 2
     for name, codes in status.items():
         assert codes == [-9, 0], f"{name}: killed, then ended well, was expected"
-        assert contents(tmp_path / name) == want, name
+        assert contents(folder / name) == want, name
 
 
 class StopAt(Listener):
