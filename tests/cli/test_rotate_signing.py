@@ -2,14 +2,19 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from loramux.cli.main import main
 from loramux.registry import Registry
-from loramux.server.signing import Signer
+from loramux.server import issuer
+from loramux.server.issuer import Issuer
+from loramux.server.receipts import Receipt, parse, verify
+from loramux.server.signing import PublicKeys, Signer
 from loramux.tenancy import Tenancy
+from server.rig import client, stub_services
 from server.test_receipts import sample_receipt
 
 
@@ -60,6 +65,99 @@ def test_the_keys_file_kept_from_before_verifies_old_receipts_and_not_new_ones(h
     new.write_text(json.dumps(sample_receipt(Signer.open(old.folder)).to_json()))
     assert main(["verify", str(tmp_path / "old.json"), "--server-key", str(keys)]) == 0
     assert main(["verify", str(new), "--server-key", str(keys)]) == 2
+
+
+# --- A server that runs -----------------------------------------------------------------------------
+
+
+class Running:
+    """A server over this key, whose clock moves when it is told to."""
+
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = home / "server" / "receipts"
+        self.now = 1000.0
+        monkeypatch.setattr(issuer, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.issuer = Issuer(Signer.open(self.folder))
+        self.http = client(stub_services(signer=self.issuer))
+
+    def ask(self) -> tuple[Receipt, PublicKeys]:
+        """(a receipt, the keys that the server tells)."""
+        reply = self.http.post("/v1/completions", json={"model": "base", "prompt": "x"})
+        assert reply.status_code == 200, reply.text
+        keys = PublicKeys.from_json(self.http.get("/v1/receipts/key").json())
+        return parse(reply.text), keys
+
+
+def test_a_server_that_runs_signs_with_the_new_key_within_a_second_and_tells_both(
+    home, monkeypatch
+):
+    server = Running(home, monkeypatch)
+    old, _ = server.ask()
+    rotate("--root", str(home))
+    server.now += issuer.LOOK_S / 2
+    assert server.ask()[0].body["key"] == old.body["key"]  # it does not look at each call
+    server.now += issuer.LOOK_S / 2
+    new, keys = server.ask()
+    assert new.body["key"] == keys.current == Signer.open(server.folder).key_id != old.body["key"]
+    for receipt in (old, new):
+        verify(receipt, keys)
+    assert server.issuer.num_issued == 3
+
+
+def test_a_server_that_nobody_calls_tells_the_new_key_as_well(home, monkeypatch):
+    server = Running(home, monkeypatch)
+    rotate("--root", str(home))
+    server.now += issuer.LOOK_S
+    told = PublicKeys.from_json(server.http.get("/v1/receipts/key").json())
+    assert told.current == Signer.open(server.folder).key_id
+
+
+def test_a_key_that_cannot_be_read_leaves_the_one_before_until_it_can(home, monkeypatch):
+    errors: list[Any] = []
+    monkeypatch.setattr(issuer.log, "error", lambda *said: errors.append(said))
+    server = Running(home, monkeypatch)
+    old, _ = server.ask()
+    rotate("--root", str(home))
+    (server.folder / "signing.key").chmod(0o644)
+    for _ in range(3):
+        server.now += issuer.LOOK_S
+        assert server.ask()[0].body["key"] == old.body["key"]
+    [(_, error)] = errors  # once per change, not once per look
+    assert "can be read by others" in str(error)
+    (server.folder / "signing.key").chmod(0o600)
+    server.now += issuer.LOOK_S
+    assert server.ask()[0].body["key"] != old.body["key"]
+
+
+def test_a_folder_that_goes_away_does_not_stop_a_server(home, monkeypatch):
+    server = Running(home, monkeypatch)
+    server.folder.rename(home / "elsewhere")
+    server.now += issuer.LOOK_S
+    receipt, keys = server.ask()
+    verify(receipt, keys)
+    assert not server.folder.exists()  # nor is a new key made
+
+
+def test_a_public_key_that_is_taken_away_is_told_no_longer(home, monkeypatch):
+    server = Running(home, monkeypatch)
+    old, _ = server.ask()
+    rotate("--root", str(home))
+    server.now += issuer.LOOK_S
+    assert len(server.ask()[1].ids) == 2
+    (server.folder / "public" / f"{old.body['key']}.json").unlink()
+    server.now += issuer.LOOK_S
+    new, keys = server.ask()
+    verify(new, keys)
+    assert old.body["key"] not in keys
+
+
+def test_a_look_without_a_change_reads_no_key(home, monkeypatch):
+    server = Running(home, monkeypatch)
+    before = server.issuer.signer
+    for _ in range(3):
+        server.now += issuer.LOOK_S
+        server.ask()
+    assert server.issuer.signer is before
 
 
 def test_a_rotation_is_in_the_audit_log(home):

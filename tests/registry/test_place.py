@@ -12,7 +12,7 @@ import pytest
 from loramux.cli.main import main
 from loramux.registry import Registry, StorageError
 from loramux.registry.blobs import LocalBlobs
-from registry.uploads import put
+from registry.uploads import put, sha
 
 
 @pytest.fixture(params=["folder", "memory://"])
@@ -65,6 +65,20 @@ def test_a_place_of_a_registry_from_before_is_marked_at_the_first_write(tmp_path
         assert registry.folder(version).is_dir() and not mark.exists()
         put(registry, tmp_path, "b")
         assert mark.is_file()
+
+
+def test_a_place_that_lost_some_of_the_blobs_is_still_the_registry_s(tmp_path: Path) -> None:
+    with opened(tmp_path, "one", None) as registry:
+        put(registry, tmp_path, "a")
+    blobs = tmp_path / "one" / "blobs"
+    (blobs / "registry").unlink()  # as a copy by hand would leave it
+    lost = sha(b"a")
+    [path] = [each for each in blobs.rglob("*") if lost in each.name]
+    path.unlink()
+    with opened(tmp_path, "one", None) as registry:
+        assert not registry.fsck().is_clean  # it says what is missing, not that the place is wrong
+        put(registry, tmp_path, "b")
+    assert (blobs / "registry").is_file()
 
 
 def test_of_two_registries_that_begin_at_one_place_at_once_one_is_refused(

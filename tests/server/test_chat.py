@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from loramux.engine.request import NOT_FINITE, Reason
+from loramux.formats.errors import OTHER_BASE
 from server.rig import client, error_of, stub_services
 
 HI = [{"role": "user", "content": "hi"}]
@@ -111,10 +113,14 @@ def test_a_prompt_is_not_repeated_by_an_error():
 
 def test_an_answer_that_fails_is_an_error_with_a_status_and_without_the_engines_own_words():
     services = stub_services()
-    services.engine.fail = "folder /srv/secret/adapter was trained on another base"
+    services.engine.fail = Reason("folder /srv/secret/adapter is of elsewhere", OTHER_BASE)
     error = error_of(ask(client(services)), 400)
     assert error["code"] == "wrong_base" and "/srv" not in error["message"]
-    services.engine.fail = "folder /srv/secret/adapter is gone"
+    services.engine.fail = Reason("row 3 of /srv/secret/adapter", NOT_FINITE)
+    error = error_of(ask(client(services)), 500)
+    assert error["code"] == "not_finite" and "/srv" not in error["message"]
+    # What it is comes from its code: a file may be called as it likes.
+    services.engine.fail = "/srv/secret/trained on another base, not finite/adapter is gone"
     error = error_of(ask(client(services)), 500)
     assert error["code"] == "engine_error" and "/srv" not in error["message"]
     services.engine.fail = "the same"

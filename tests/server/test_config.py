@@ -1,12 +1,16 @@
 """A server's YAML, the command, and whom a server without keys answers to."""
 
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from loramux.cli.main import main
-from loramux.server.config import ServerConfigError, load_config, parse_config
+from loramux.engine.engine import Engine
+from loramux.server import build
+from loramux.server.config import EngineConfig, ServerConfigError, load_config, parse_config
 from server.rig import client, error_of
 
 
@@ -24,6 +28,57 @@ from server.rig import client, error_of
 def test_a_wrong_configuration_is_named(raw, said):
     with pytest.raises(ServerConfigError, match=said):
         parse_config(raw)
+
+
+def handed_over(monkeypatch, engine: dict[str, Any]) -> dict[str, Any]:
+    """What the engine is called with, for an `engine` block."""
+    signature = inspect.signature(Engine.__init__)
+    calls: list[dict[str, Any]] = []
+
+    class Fake:
+        tokenizer, max_length = None, 8
+
+        def __init__(self, *args: Any, **given: Any) -> None:
+            signature.bind(self, *args, **given)  # a name that the engine does not have fails here
+            calls.append(given)
+
+    monkeypatch.setattr("loramux.engine.engine.Engine", Fake)
+    monkeypatch.setattr("loramux.engine.aio.AsyncEngine", lambda engine: engine)
+    build._engine(parse_config({"base": "x", "engine": engine}), Path("x"))
+    [given] = calls
+    return given
+
+
+def test_every_setting_of_the_engine_block_reaches_the_engine(monkeypatch):
+    block = {
+        "dtype": "float64", "kv_memory": "3MiB", "adapter_memory": "4MiB", "slot_memory": 5000,
+        "max_slots": 6, "max_batch": 7, "max_step_tokens": 80, "max_chunk": 9,
+        "max_prompt_tokens": 10, "max_pauses": 11, "head_start": 12, "prefix_cache": False,
+        "threads": 1,
+    }  # fmt: skip
+    assert block.keys() == EngineConfig.model_fields.keys(), "a new setting has no value here"
+    for name, field in EngineConfig.model_fields.items():
+        assert block[name] != field.default, f"{name}: the default would arrive by itself"
+    monkeypatch.setattr("torch.set_num_threads", lambda count: threads.append(count))
+    threads: list[int] = []
+    given = handed_over(monkeypatch, block)
+    assert threads == [block.pop("threads")]  # of torch, not of an engine
+    assert given == block
+
+
+def test_an_empty_engine_block_leaves_the_engine_its_own_defaults(monkeypatch):
+    own = inspect.signature(Engine.__init__).parameters
+    for name, value in handed_over(monkeypatch, {}).items():
+        assert value == own[name].default, name
+
+
+def test_what_of_the_engine_has_no_setting_is_known():
+    own = set(inspect.signature(Engine.__init__).parameters)
+    left_out = {
+        *("self", "base", "tokenizer", "tenant_weights"),  # from elsewhere in the configuration
+        *("block_size", "fuse", "cuda_graphs", "check_base"),
+    }
+    assert own - set(EngineConfig.model_fields) == left_out
 
 
 def test_another_host_is_allowed_with_keys():

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from loramux.bench.gateway_http import ask, get
 from loramux.bench.gateway_server import Served, in_thread
 from loramux.server import asgi, connections
+from loramux.server.metrics import KEY
 from server.rig import client, config, stub_services
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
@@ -48,6 +50,19 @@ def until_closed(sock: socket.socket) -> bytes:
     return found
 
 
+def refused(served: Served) -> Counter[str]:
+    """Answers given below the application, by status, as the metrics have them."""
+    return Counter(
+        {
+            sample.labels["status"]: int(sample.value)
+            for family in served.services.extras[KEY].registry.collect()
+            for sample in family.samples
+            if sample.name == "loramux_http_responses_total"
+            and (sample.labels["method"], sample.labels["route"]) == ("other", "connection")
+        }
+    )
+
+
 def told(answer: bytes) -> tuple[int, str, Any]:
     """(status, head in lower case, error) of an answer that must be in the envelope."""
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -66,6 +81,18 @@ def test_a_connection_too_many_is_told_when_to_come_again_and_probes_pass(served
     assert probe.status == 200
     time.sleep(0.1)
     assert asyncio.run(ask(served.port, BODY)).status == 200  # places are given back
+
+
+def test_what_is_answered_below_the_application_is_counted_like_any_answer(served: Served) -> None:
+    before = refused(served)
+    for sent in (b"", b"\x16\x03\x01 hello\r\n\r\n", HEAD + b"X: " + b"x" * 70_000):
+        with opened(served, 1) as (sock,):
+            sock.sendall(sent)
+            until_closed(sock)
+    with opened(served, 4):
+        time.sleep(0.05)
+        assert asyncio.run(ask(served.port, BODY)).status == 503
+    assert refused(served) - before == {"408": 1, "400": 1, "431": 1, "503": 1}
 
 
 def test_beyond_twice_as_many_connections_are_closed_without_a_word(served: Served) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.exposition import generate_latest
 
+from loramux.formats.errors import FormatError
 from loramux.formats.jsonio import canonical_json
 from loramux.registry import Registry
 from loramux.server import express, receipts, streams
@@ -215,6 +216,7 @@ def test_bodies_that_one_tenant_never_ends_leave_places_for_the_others(
     [
         {"b": [1, None, True], "a": {"z": "x", "y": -5}},
         {"text": 'quote " slash \\ / tab \t line \n bell \x07', "seed": 2**62},
+        {"del": "\x7f"},
         {"del": "\x7f", "more": "ü \U0001f600 \u2028"},
         {"ü": 1, "z": 2, "\U0001f600": 3},
         {"huge": 2**80},
@@ -223,6 +225,12 @@ def test_bodies_that_one_tenant_never_ends_leave_places_for_the_others(
 )
 def test_the_fast_canonical_form_is_the_canonical_form(value: Any) -> None:
     assert canonical_of_ours(value) == canonical_json(value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_the_canonical_form_has_no_number_that_json_has_not(number: float) -> None:
+    with pytest.raises(FormatError, match="not expressible"):
+        canonical_json({"weight": number})
 
 
 def test_without_the_faster_library_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loramux.engine.request import Answered, Completion, SamplingParams
+from loramux.engine.request import NOT_FINITE, Answered, Completion, Reason, SamplingParams
 from loramux.server.issuer import Issuer
 from loramux.server.receipts import (
     HEADER,
@@ -116,6 +116,16 @@ def test_every_changed_byte_of_a_receipt_is_noticed(signer: Signer) -> None:
                 changed = f"{whole[:place]}{other}{whole[place + 1 :]}"
                 with pytest.raises(ReceiptError):
                     verify(parse(changed), signer.public)
+
+
+def test_another_spelling_of_the_same_signature_is_noticed(signer: Signer) -> None:
+    receipt = sample_receipt(signer)
+    *head, last = receipt.signature
+    # 64 bytes leave four bits of the last character over, which a lenient reader drops.
+    sibling = {"A": "B", "Q": "R", "g": "h", "w": "x"}[last]
+    for spelling in ("".join([*head, sibling]), receipt.signature + "==", receipt.signature + "\n"):
+        with pytest.raises(ReceiptError):
+            verify(replace(receipt, signature=spelling), signer.public)
 
 
 def test_a_missing_or_added_field_is_noticed(signer: Signer) -> None:
@@ -339,7 +349,7 @@ def test_every_sample_and_every_prompt_is_in_the_receipt(served: Any) -> None:
 def test_an_error_after_the_first_token_carries_a_receipt(signer: Signer) -> None:
     services = stub_services(signer=Issuer(signer))
     served = client(services)
-    services.engine.fail = "the row is not finite"  # type: ignore[attr-defined]
+    services.engine.fail = Reason("of one row", NOT_FINITE)  # type: ignore[attr-defined]
     reply = served.post("/v1/chat/completions", json={"model": "law", "stream": True, **CHAT})
     last = events(reply.text)[-1]
     assert last["error"]["code"] == "not_finite"

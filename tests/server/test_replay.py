@@ -182,6 +182,41 @@ def test_what_cannot_be_replayed_says_why(app: Any, again: Engine, registry: Reg
         assert caught.value.code == code
 
 
+def test_a_set_put_together_for_the_call_and_a_version_that_is_gone_cannot_be_replayed(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    receipt = parse(ask(app, "law"))
+    [answer] = receipt.answers
+    [part] = answer["parts"]
+    member = {"ref": part["ref"], "digest": part["digest"]}
+    router = {"ref": "router:ramole", "digest": "a" * 64, "members": [member]}
+    for changed, said in (
+        ({"router": router}, "--registry checks its members"),
+        ({"parts": [{**part, "digest": "0" * 64}]}, "is not in the registry"),
+        ({"parts": [{**part, "ref": "../law"}]}, "is not in the registry"),
+    ):
+        told = replace(receipt, body={**receipt.body, "answers": [{**answer, **changed}]})
+        with pytest.raises(ReceiptError, match=said) as caught:
+            replay(told, [PROMPT], again, registry)
+        assert caught.value.code == "not_replayable"
+    # Without members a router is a mixture of the registry, and runs again.
+    told = {**answer, "router": {**router, "members": []}}
+    known = replace(receipt, body={**receipt.body, "answers": [told]})
+    assert all_right(replay(known, [PROMPT], again, registry))
+
+
+def test_the_command_says_that_a_sampled_answer_cannot_be_replayed(
+    app: Any, world: World, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "reply.json").write_text(json.dumps(ask(app, "law", temperature=1, seed=1)))
+    (tmp_path / "prompt.json").write_text(json.dumps(PROMPT))
+    given = ["verify", str(tmp_path / "reply.json"), "--registry", str(home)]
+    assert main(given) == 0
+    more = ["--replay", "--base", str(world.base), "--prompt", str(tmp_path / "prompt.json")]
+    assert main([*given, *more]) == 2
+    assert "the request was sampled" in capsys.readouterr().err
+
+
 def test_other_tokens_other_weights_and_another_base_are_found_out(
     app: Any, again: Engine, registry: Registry
 ) -> None:

@@ -122,7 +122,7 @@ def rotate_signing(
     actor: ActorOption = OPERATOR,
     json: JsonOption = None,
 ) -> None:
-    """Make a new key for signing receipts; receipts of the old key can still be verified. Then restart the server.
+    """Make a new key for signing receipts; receipts of the old key can still be verified. Running servers take it.
 
     Example: loramux key rotate-signing --config serve.yaml
     """
@@ -158,7 +158,9 @@ def _signing(
 
 
 def _show_signing(found: dict[str, Any]) -> None:
-    print(f"receipts will be signed with key {found['key']} once the server has started again")
+    print(
+        f"receipts will be signed with key {found['key']}; servers that run take it within a second"
+    )
     print(f"{len(found['keys'])} public keys verify: {', '.join(found['keys'])}")
 
 

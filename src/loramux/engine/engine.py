@@ -286,7 +286,7 @@ class Engine(Answers):
             return READY  # it holds its lease: preempted, or asked about before
         ticket = sequence.scratch["ticket"]
         if ticket.state == "failed":
-            return refused(str(ticket.error))
+            return refused(ticket.error or "")
         if ticket.state != "ready":
             return CROWDED if ticket.is_crowded else WAIT
         lease = self.store.lease(ticket)

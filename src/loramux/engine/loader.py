@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loramux.engine.content import Content
+from loramux.engine.request import Reason
 from loramux.engine.sources import Identity, identity_of, settle, weight_bytes
 
 IDLE_S = 5.0
@@ -119,6 +120,6 @@ def run_job(job: Job, read: Read, limit_bytes: int) -> None:
             f"{job.folder} changed each of {ATTEMPTS} times it was read; write adapters beside and rename them"
         )
     except Exception as error:
-        job.error = str(error) or type(error).__name__
+        job.error = Reason(str(error) or type(error).__name__, getattr(error, "code", ""))
     finally:
         job.seconds = time.perf_counter() - begin

@@ -157,9 +157,29 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
+NOT_FINITE = "not_finite"  # the model's logits, with these adapters
+
+
+class Reason(str):
+    """Why a sample ended with an error, for people; programs go by `code`, "" where there is none.
+
+    Codes: NOT_FINITE, and that of the error an adapter's reader raised (`formats.errors`).
+    """
+
+    code: str
+
+    def __new__(cls, text: str, code: object = "") -> Reason:
+        made = super().__new__(cls, text)
+        made.code = code if isinstance(code, str) else ""
+        return made
+
+
+NO_TOKEN = Reason("no token: the logits are not finite", NOT_FINITE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What a streamed answer grew by. `finish_reason` is set on the last one of a sample."""
+    """What a streamed answer grew by. `finish_reason` is set on the last one of a sample; `error` may be a `Reason`."""
 
     request_id: str
     index: int

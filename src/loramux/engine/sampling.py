@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loramux.engine.cuts import draw_cut, host_view
-from loramux.engine.request import SamplingParams, TokenLogprob
+from loramux.engine.request import NOT_FINITE, Reason, SamplingParams, TokenLogprob
 from loramux.engine.sequence import Sequence
 
 LEAST_TEMPERATURE = 1e-5  # ours: below this fp32 logits divided by it lose their differences
@@ -79,7 +79,7 @@ def sample(
     ]
 
 
-_BAD = "the model's logits are not finite for this request; it ends here"
+_BAD = Reason("the model's logits are not finite for this request; it ends here", NOT_FINITE)
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from loramux.engine.admission import READY, Admission, Limits
 from loramux.engine.blocks import BlockPool
 from loramux.engine.draft import Draft
 from loramux.engine.fairness import Shares
-from loramux.engine.request import FinishReason
+from loramux.engine.request import NO_TOKEN, FinishReason
 from loramux.engine.sequence import Chunk, Sequence, StepPlan
 from loramux.engine.tables import Tables
 from loramux.engine.waiting import WaitingQueues
@@ -215,7 +215,7 @@ class Scheduler:
             return
         token = tokens[sequence]
         if token is None:
-            self.fail(sequence, sequence.error or "no token: the logits are not finite")
+            self.fail(sequence, sequence.error or NO_TOKEN)
             return
         # Only now: a prompt whose first pieces are not finite is noticed at its first sample at the latest.
         self._tables.list_full(sequence)

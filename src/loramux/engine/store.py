@@ -28,7 +28,7 @@ from loramux.engine.leases import Lease, LeasedPart, StoreStats, Ticket, TicketS
 from loramux.engine.loader import Job, run_job
 from loramux.engine.names import Entry, Names
 from loramux.engine.packing import Layout
-from loramux.engine.request import Mix
+from loramux.engine.request import Mix, Reason
 from loramux.engine.tiers import Tiers
 from loramux.ops.pool import SlotTable
 from loramux.persist.base import BaseIdentity
@@ -289,7 +289,7 @@ class AdapterStore:
                 content = self._content(name)
                 contents[content.digest] = content
             elif job is not None and job.error is not None:
-                return f"adapter {name!r}: {job.error}"
+                return Reason(f"adapter {name!r}: {job.error}", getattr(job.error, "code", ""))
             elif self._intake.at_door(entry.job):
                 assert entry.job is not None and entry.job.content is not None
                 contents[entry.job.content.digest] = entry.job.content

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 from loramux.errors import LoramuxError
 
+OTHER_BASE = "base_mismatch"  # the code of what was trained on another base than the one at hand
+
 
 class FormatError(LoramuxError):
     """What was found, what is allowed and what to do; `code` is a stable short name of the reason."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from loramux.core.attach import HOLDER
 from loramux.formats.digest import base_digest, model_digest, state_digest
-from loramux.formats.errors import FormatError
+from loramux.formats.errors import OTHER_BASE, FormatError
 from loramux.formats.jsonio import read_json_object, write_json
 
 RECORD = "loramux.json"  # beside a PEFT folder's own files: which base it belongs to
@@ -68,7 +68,8 @@ class BaseIdentity:
             raise FormatError(
                 f"this mixture was trained on another base ({name or 'unnamed'}, digest {expected[:12]}), the model is "
                 f"{getattr(self.model, 'name_or_path', '') or 'unnamed'} (digest {found[:12]}); load that base, or "
-                "pass check_base=False if you know that it holds the same weights in another form"
+                "pass check_base=False if you know that it holds the same weights in another form",
+                code=OTHER_BASE,
             )
 
     def _digest(self, of_weights: bool) -> str:
@@ -91,7 +92,8 @@ class BaseIdentity:
         if differs or (expected is None and self._differs(record.get("base_sites"), paths)):
             raise FormatError(
                 f"{folder} was trained on another base ({record.get('base_name') or 'unnamed'}): the weights of the "
-                "linears it targets differ; load that base, or pass check_base=False if you know better"
+                "linears it targets differ; load that base, or pass check_base=False if you know better",
+                code=OTHER_BASE,
             )
 
     def sample(self, paths: Iterable[str]) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from loramux.core.adapter import Adapter
 from loramux.core.bank import Rows
 from loramux.core.types import Site
-from loramux.formats.errors import FormatError
+from loramux.formats.errors import OTHER_BASE, FormatError
 from loramux.formats.mixlora_config import expert_setting
 from loramux.formats.mixlora_tensors import MixLoraTensors
 from loramux.formats.tensors import SiteTensors
@@ -78,7 +78,8 @@ def mixlora_adapter(
         if gate.shape != router.weight.shape:
             raise FormatError(
                 f"the moe_gate of layer {layer_of[block]} is {tuple(gate.shape)}, this model's FFN needs "
-                f"{tuple(router.weight.shape)}; the mixture was trained on another base"
+                f"{tuple(router.weight.shape)}; the mixture was trained on another base",
+                code=OTHER_BASE,
             )
         router.weight = torch.nn.Parameter(gate.float().clone())
     return Adapter(name, method, found, rows, routers)
@@ -108,7 +109,8 @@ def _matching(sites: Sequence[Site], experts: Mapping[str, list[SiteTensors]]) -
         if site is None or (own[0].d_in, own[0].d_out) != (site.d_in, site.d_out):
             raise FormatError(
                 f"{path} ({own[0].d_in} -> {own[0].d_out}) is not a linear of this model; the mixture was trained on "
-                "another base"
+                "another base",
+                code=OTHER_BASE,
             )
     return {site.path: site for site in sites if site.path in experts}
 

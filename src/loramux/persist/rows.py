@@ -13,7 +13,7 @@ from torch import Tensor
 from loramux.core.bank import Rows
 from loramux.core.method import Method
 from loramux.core.types import Site
-from loramux.formats.errors import FormatError
+from loramux.formats.errors import OTHER_BASE, FormatError
 from loramux.formats.scaling import site_scaling
 from loramux.formats.tensors import AdapterTensors, SiteTensors
 from loramux.ops.contract import Spans
@@ -26,14 +26,17 @@ def match_sites(sites: Sequence[Site], tensors: AdapterTensors, where: str) -> d
     if missing:
         raise FormatError(
             f"{where} targets {missing[:3]}{' ...' if len(missing) > 3 else ''}, which this model does not have as a "
-            f"linear of a decoder layer; it was trained on another base. This one has {sorted({s.name for s in sites})}"
+            f"linear of a decoder layer; it was trained on another base. This one has "
+            f"{sorted({s.name for s in sites})}",
+            code=OTHER_BASE,
         )
     for path, entry in tensors.sites.items():
         site = by_path[path]
         if (entry.d_in, entry.d_out) != (site.d_in, site.d_out):
             raise FormatError(
                 f"{where}: {path} is {entry.d_in} -> {entry.d_out} in the adapter and {site.d_in} -> {site.d_out} in "
-                "this model; it was trained on another base"
+                "this model; it was trained on another base",
+                code=OTHER_BASE,
             )
     return {site.path: site for site in sites if site.path in tensors.sites}
 

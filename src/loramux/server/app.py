@@ -80,6 +80,7 @@ def create_app(config: ServerConfig, services: Services) -> FastAPI:
     app.add_middleware(Express, lanes=(chat.LANE, completions.LANE), services=services)
     observe.install(app, config, services)
     app.add_middleware(Outer, services=services, limits=limits, is_local=services.tenancy is None)
+    observe.count(app, services)
     check_routes(app)
     describe(app, has_keys=services.tenancy is not None)
     return app

@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from loramux.errors import LoramuxError
 from loramux.server.auth import CALLER, check_key
 from loramux.server.config import LimitsConfig
-from loramux.server.errors import ApiError, envelope, response_of
+from loramux.server.errors import ApiError, as_api_error, envelope, response_of
 from loramux.server.limits import PROBES, RETRY_S
 from loramux.server.services import Services
+from loramux.tenancy.caller import Caller
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ LARGE_BODIES = frozenset({"/v1/adapters"})  # their routes count bytes themselve
 LEAST_RATE = 4096  # bytes per second that a body must come at, beyond the first `read_timeout_s`
 _CHANGING = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _INFERENCE = ("/v1/chat/", "/v1/completions", "/v1/embeddings")
+_METERED = frozenset({"/v1/chat/completions", "/v1/completions"})  # by tokens a minute
 
 
 class Outer:
@@ -75,7 +78,7 @@ class Outer:
         self.num_active += 1
         try:
             if self.num_active > self.most and scope["path"] not in PROBES:
-                raise _overloaded()
+                raise self._turned_away(scope)
             self._check(scope)
             with self._counted(scope):
                 if scope["path"] not in LARGE_BODIES:
@@ -118,11 +121,7 @@ class Outer:
             yield
             return
         tenant = scope[CALLER][0].tenant
-        if self._by_tenant[tenant] >= self.most_of_one:
-            raise ApiError(
-                f"you have {self.most_of_one} requests under way already; wait for one to end",
-                code="too_many_requests", status=429, headers={"Retry-After": str(RETRY_S)},
-            )  # fmt: skip
+        self._check_share(tenant)
         self._by_tenant[tenant] += 1
         try:
             yield
@@ -130,6 +129,38 @@ class Outer:
             self._by_tenant[tenant] -= 1
             if not self._by_tenant[tenant]:
                 del self._by_tenant[tenant]
+
+    def _check_share(self, tenant: str) -> None:
+        if self._by_tenant.get(tenant, 0) >= self.most_of_one:
+            raise ApiError(
+                f"you have {self.most_of_one} requests under way already; wait for one to end",
+                code="too_many_requests", status=429, headers={"Retry-After": str(RETRY_S)},
+            )  # fmt: skip
+
+    def _turned_away(self, scope: MutableMapping[str, Any]) -> ApiError:
+        """What a call is told when more are under way than can be: 429 if its own tenant has no room, else 503.
+
+        Nothing of it is read, and a key that is not valid learns nothing but that.
+        """
+        full = ApiError(
+            "the server has too many calls under way; try again shortly",
+            code="overloaded", headers={"Retry-After": str(RETRY_S)},
+        )  # fmt: skip
+        try:
+            self._check(scope)
+        except ApiError:
+            return full
+        caller = Caller.local() if self.is_local else scope.get(CALLER, (None,))[0]
+        try:
+            if caller is not None:
+                self._check_share(caller.tenant)
+                if scope["path"].startswith(_INFERENCE):
+                    self.services.gate.check_share(caller.tenant)
+                if scope["path"] in _METERED:
+                    self.services.check_room(caller)
+        except LoramuxError as error:
+            return as_api_error(error)
+        return full
 
     def _capped(self, scope: MutableMapping[str, Any], receive: Receive) -> Receive:
         limit = self.limits.body_bytes
@@ -160,14 +191,6 @@ class Outer:
             return message
 
         return counted
-
-
-def _overloaded() -> ApiError:
-    """Said before anything of a call is read: with more under way than can be, each refusal has to be cheap."""
-    return ApiError(
-        "the server has too many calls under way; try again shortly",
-        code="overloaded", headers={"Retry-After": str(RETRY_S)},
-    )  # fmt: skip
 
 
 def _is_loopback(netloc: str) -> bool:

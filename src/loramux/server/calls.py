@@ -11,16 +11,15 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
-from loramux.engine.request import Completion, Delta, Request, SamplingParams
+from loramux.engine.request import NOT_FINITE, Completion, Delta, Request, SamplingParams
 from loramux.errors import LoramuxError
+from loramux.formats.errors import OTHER_BASE
 from loramux.server.errors import ApiError
 from loramux.server.resolve import Plan
 from loramux.server.services import Outcome, Services
 
 log = logging.getLogger(__name__)
 Item = tuple[int, Delta]  # which prompt, what its answer grew by
-# In what every reader of adapters says of one that does not belong to the model.
-OTHER_BASE = "another base"
 
 
 class Call:
@@ -63,6 +62,7 @@ class Call:
 
     async def _admit(self) -> None:
         services, caller = self.services, self.caller
+        services.check_room(caller)  # in this order, whatever changed since the body began
         self._stack.enter_context(services.gate.enter(caller.tenant))
         if services.tenancy is not None:
             quotas = services.tenancy.quotas
@@ -212,12 +212,13 @@ def failed_answer(delta: Delta) -> ApiError:
     """What a client is told about an answer that the engine ended. Its own text may hold paths: it is in the log."""
     if delta.finish_reason == "abort":
         return ApiError("the server is stopping", code="overloaded")
-    if delta.error and OTHER_BASE in delta.error:
+    code = getattr(delta.error, "code", "")  # the words are the readers' own and may be reworded
+    if code == OTHER_BASE:
         return ApiError(
             "an adapter of this call was trained on another base model than this server's; train it on this one",
             code="wrong_base", param="model",
         )  # fmt: skip
-    if delta.error and "not finite" in delta.error:
+    if code == NOT_FINITE:
         return ApiError(
             "the model's probabilities are not finite with these adapters; try others",
             code="not_finite", status=500,

@@ -27,11 +27,18 @@ MAX_AHEAD = 8  # requests of one connection sent before the first is answered, u
 HARD = 2  # times max_connections: beyond it a connection is closed without a word
 
 
-def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotonic) -> Any:
-    """The class of a server's connections, for `uvicorn.Config(http=...)`. One server may use it."""
+def protocol_of(
+    limits: LimitsConfig,
+    clock: Callable[[], float] = time.monotonic,
+    on_refusal: Callable[[int], None] | None = None,
+) -> Any:
+    """The class of a server's connections, for `uvicorn.Config(http=...)`. One server may use it.
+
+    `on_refusal(status)` is told of each answer that is given here, which no application sees.
+    """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    watch = _Watch(limits, clock)
+    watch = _Watch(limits, clock, on_refusal or _nobody)
     base: Any = AutoHTTPProtocol
 
     class Bounded(base):  # type: ignore[misc]
@@ -80,7 +87,7 @@ def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotoni
             super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:
-            refuse(self.transport, 400, "this is no valid HTTP request", "invalid_request")
+            watch.refuse(self.transport, 400, "this is no valid HTTP request", "invalid_request")
 
         def data_received(self, data: bytes) -> None:
             self.has_body = False
@@ -88,7 +95,8 @@ def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotoni
             if self.is_in_request and not self.has_body and not self.transport.is_closing():
                 self.loose_bytes += len(data)
                 if self.loose_bytes > HEAD_BYTES:
-                    refuse(self.transport, 431, f"the head exceeds {HEAD_BYTES} bytes", "too_large")
+                    said = f"the head exceeds {HEAD_BYTES} bytes"
+                    watch.refuse(self.transport, 431, said, "too_large")
 
     return Bounded
 
@@ -96,8 +104,10 @@ def protocol_of(limits: LimitsConfig, clock: Callable[[], float] = time.monotoni
 class _Watch:
     """Counts the connections of one server and looks through them while there are any."""
 
-    def __init__(self, limits: LimitsConfig, clock: Callable[[], float]) -> None:
-        self._limits, self._clock = limits, clock
+    def __init__(
+        self, limits: LimitsConfig, clock: Callable[[], float], tell: Callable[[int], None]
+    ) -> None:
+        self._limits, self._clock, self._tell = limits, clock, tell
         self._is_looking = False
 
     def arrived(self, connection: Any) -> None:
@@ -105,10 +115,15 @@ class _Watch:
         if num > HARD * most:
             connection.transport.abort()
         elif num > most:
-            connection.app = _Refusing(connection.app)
+            connection.app = _Refusing(connection.app, self._tell)
         if not self._is_looking:
             self._is_looking = True
             connection.loop.call_later(LOOK_S, self._look, connection.loop, connection.connections)
+
+    def refuse(self, transport: Any, status: int, message: str, code: str) -> None:
+        """Answer a request that never became one, and close."""
+        refuse(transport, status, message, code)
+        self._tell(status)
 
     def _look(self, loop: asyncio.AbstractEventLoop, connections: set[Any]) -> None:
         now = self._clock()
@@ -131,14 +146,14 @@ class _Watch:
         elif transport.is_closing():
             return
         elif waited_s > self._limits.head_timeout_s:
-            refuse(transport, 408, "the request's head did not arrive in time", "timeout")
+            self.refuse(transport, 408, "the request's head did not arrive in time", "timeout")
 
 
 class _Refusing:
     """In the application's place on a connection too many: probes pass, the rest is told when to come again."""
 
-    def __init__(self, app: Any) -> None:
-        self._app = app
+    def __init__(self, app: Any, tell: Callable[[int], None]) -> None:
+        self._app, self._tell = app, tell
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
@@ -146,12 +161,17 @@ class _Refusing:
             return
         body = _body(503, "the server has too many connections; try again shortly", "overloaded")
         headers = [(name.lower().encode(), value.encode()) for name, value in _head(503, body)]
+        self._tell(503)
         await send({"type": "http.response.start", "status": 503, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 
+def _nobody(status: int) -> None:
+    """Told of refusals where nobody counts them."""
+
+
 def refuse(transport: Any, status: int, message: str, code: str) -> None:
-    """Answer a request that never became one, and close."""
+    """Write such an answer and close."""
     body = _body(status, message, code)
     lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
     lines += [f"{name}: {value}" for name, value in _head(status, body)]

@@ -2,20 +2,24 @@
 
 The receipt tells what the engine reported. If that is not what was pinned at admission, the log has an error and the
 receipt shows it.
+
+The key's folder is looked at once a second at most, and read again if it changed: a rotation reaches running servers.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
 
+from loramux.errors import LoramuxError
 from loramux.server.auth import ServicesDep
 from loramux.server.errors import ApiError
 from loramux.server.receipts import Part, Receipt, Router, describe_answer, issue
-from loramux.server.signing import Signer
+from loramux.server.signing import Signer, mark_of
 
 if TYPE_CHECKING:
     from loramux.engine.request import Completion
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from loramux.server.services import Outcome
 
 log = logging.getLogger(__name__)
+LOOK_S = 1.0  # between two looks at the key's folder, which are two calls of stat
 
 
 def router() -> APIRouter:
@@ -33,7 +38,7 @@ def router() -> APIRouter:
     async def keys(services: ServicesDep) -> dict[str, Any]:
         if not isinstance(services.signer, Issuer):
             raise ApiError("this server signs no receipts", code="not_found")
-        return services.signer.signer.keys_json()
+        return services.signer.current().keys_json()
 
     return routes
 
@@ -50,6 +55,29 @@ class Issuer:
         self.signer = signer
         self._base, self._clock = base or "", clock
         self.num_issued = self.num_mismatched = 0
+        self._mark, self._looked_at = signer.mark, time.monotonic()
+
+    def current(self) -> Signer:
+        """The signer of the key that lies in the folder, as of the last look."""
+        now = time.monotonic()
+        if now - self._looked_at >= LOOK_S:
+            self._looked_at = now
+            self._look()
+        return self.signer
+
+    def _look(self) -> None:
+        mark = mark_of(self.signer.folder)
+        if mark == self._mark:
+            return
+        # One attempt per change: a folder that cannot be read is one line in the log.
+        self._mark = mark
+        try:
+            self.signer = self.signer.again()
+        except (LoramuxError, OSError) as error:
+            log.error("the signing key changed and cannot be used; the old one signs on: %s", error)
+            return
+        self._mark = self.signer.mark
+        log.info("receipts are signed with the key %s", self.signer.key_id)
 
     def issue(self, outcome: Outcome) -> Receipt:
         """The receipt of a call that ran, answered or not."""
@@ -60,7 +88,7 @@ class Issuer:
             for prompt, done in zip(outcome.prompts, _by_prompt(outcome), strict=True)
         ]
         return issue(
-            self.signer,
+            self.current(),
             id=outcome.id,
             tenant=outcome.caller.tenant,
             model=plan.label,

@@ -26,13 +26,21 @@ class Gate:
         self._by_tenant: Counter[str] = Counter()
 
     def check(self, tenant: str) -> None:
-        """ApiError if there is no place for another call of this tenant."""
+        """ApiError if there is no place for another call of this tenant: its own share is asked about first."""
+        self.check_share(tenant)
+        self.check_places()
+
+    def check_share(self, tenant: str) -> None:
+        """429 where the tenant's own calls take up its share, whatever others do."""
         if self._by_tenant.get(tenant, 0) >= self.max_per_tenant:
             self.num_refused += 1
             raise ApiError(
                 f"you have {self.max_per_tenant} requests under way already; wait for one to end",
                 code="too_many_requests", status=429, headers={"Retry-After": str(RETRY_S)},
             )  # fmt: skip
+
+    def check_places(self) -> None:
+        """503 where all places are taken."""
         if self.num_inflight >= self.max_inflight:
             self.num_refused += 1
             raise ApiError(

@@ -16,7 +16,7 @@ _SPARE_FILES = 256  # beside connections: database, adapters, logs
 
 
 def uvicorn_config(app: Any, limits: LimitsConfig, **more: Any) -> Any:
-    """A `uvicorn.Config`; `more` are further settings of it."""
+    """A `uvicorn.Config` for what `create_app` made; `more` are further settings of it."""
     import uvicorn
 
     from loramux.server.connections import HARD, HEAD_BYTES, protocol_of
@@ -24,7 +24,7 @@ def uvicorn_config(app: Any, limits: LimitsConfig, **more: Any) -> Any:
     _allow_files(HARD * limits.max_connections + _SPARE_FILES)
     return uvicorn.Config(
         app,
-        http=protocol_of(limits),
+        http=protocol_of(limits, on_refusal=getattr(app.state, "refused", None)),
         ws="none",
         access_log=False,  # paths of adapters are not for every log
         server_header=False,

@@ -108,10 +108,14 @@ class Services:
     weights: Any = None  # tenancy.weights.Weights; with tenancy only
 
     def check_room(self, caller: Any) -> None:
-        """The refusal that an inference call of this caller would meet now; nothing is taken."""
-        self.gate.check(caller.tenant)
+        """The refusal that an inference call of this caller would meet now; nothing is taken.
+
+        429 for what is the tenant's own doing comes before 503: coming again soon would not help it.
+        """
+        self.gate.check_share(caller.tenant)
         if self.tenancy is not None:
             self.tenancy.quotas.check_room(caller)
+        self.gate.check_places()
 
     @property
     def base_digest(self) -> str | None:

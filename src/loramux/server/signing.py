@@ -127,11 +127,16 @@ class PublicKeys:
 
 
 class Signer:
-    """Signs with the current key of a folder. `open` makes the folder and the key if there is none."""
+    """Signs with the current key of a folder. `open` makes the folder and the key if there is none.
 
-    def __init__(self, folder: Path, private: bytes, public: PublicKeys) -> None:
+    `mark`: what `mark_of` said of the folder before it was read.
+    """
+
+    def __init__(
+        self, folder: Path, private: bytes, public: PublicKeys, mark: object = None
+    ) -> None:
         ed25519 = _ed25519()
-        self.folder, self.public = folder, public
+        self.folder, self.public, self.mark = folder, public, mark
         self._private = ed25519.Ed25519PrivateKey.from_private_bytes(private)
         self.key_id = key_id(self._private.public_key().public_bytes_raw())
 
@@ -146,8 +151,8 @@ class Signer:
 
     @classmethod
     def rotate(cls, folder: str | os.PathLike[str]) -> Signer:
-        """A new private key; the old one is gone, its public key stays. Running servers sign with the old one
-        until they start again. SigningError where there is no key yet."""
+        """A new private key; the old one is gone, its public key stays. Running servers notice it within a second
+        (`server.issuer`). SigningError where there is no key yet."""
         folder = Path(folder)
         if not (folder / PRIVATE).exists():
             raise SigningError(
@@ -157,13 +162,18 @@ class Signer:
         _make(folder, replace=True)
         return cls._load(folder)
 
+    def again(self) -> Signer:
+        """The signer as the folder is now; nothing is made. SigningError, and this one is as good as before."""
+        return self._load(self.folder)
+
     @classmethod
     def _load(cls, folder: Path) -> Signer:
+        mark = mark_of(folder)  # before reading: what changes meanwhile is seen at the next look
         private = _read_private(folder / PRIVATE)
         # The key's own public half first: the folder `public` may have been lost.
         own = _ed25519().Ed25519PrivateKey.from_private_bytes(private).public_key()
         _write_public(folder, own.public_bytes_raw())
-        return cls(folder, private, published(folder))
+        return cls(folder, private, published(folder), mark)
 
     def sign(self, message: bytes) -> bytes:
         return bytes(self._private.sign(message))
@@ -171,6 +181,16 @@ class Signer:
     def keys_json(self) -> dict[str, Any]:
         """What `GET /v1/receipts/key` says."""
         return self.public.to_json(self.key_id)
+
+
+def mark_of(folder: Path) -> object:
+    """Differs from what it was if the private key was replaced, or a public one added or removed; it never fails."""
+    try:
+        own, public = os.stat(folder / PRIVATE, follow_symlinks=False), os.stat(folder / PUBLIC)
+    except OSError as error:
+        return error.errno
+    # The time of change, not of the content: a key that became readable again is looked at as well.
+    return own.st_ino, own.st_ctime_ns, public.st_ino, public.st_mtime_ns
 
 
 def published(folder: str | os.PathLike[str]) -> PublicKeys:
