@@ -9,10 +9,10 @@ import pytest
 
 from loramux.cli.main import main
 from loramux.registry import Registry
-from loramux.server import issuer
+from loramux.server import issuer, signing
 from loramux.server.issuer import Issuer
 from loramux.server.receipts import Receipt, parse, verify
-from loramux.server.signing import PublicKeys, Signer
+from loramux.server.signing import PublicKeys, Signer, SigningError
 from loramux.tenancy import Tenancy
 from server.rig import client, stub_services
 from server.test_receipts import sample_receipt
@@ -127,6 +127,43 @@ def test_a_key_that_cannot_be_read_leaves_the_one_before_until_it_can(home, monk
     (server.folder / "signing.key").chmod(0o600)
     server.now += issuer.LOOK_S
     assert server.ask()[0].body["key"] != old.body["key"]
+
+
+def test_a_key_that_could_not_be_opened_for_a_moment_is_taken_at_the_next_look(home, monkeypatch):
+    """Nothing of the folder changes when a process has files to open again."""
+    server = Running(home, monkeypatch)
+    old, _ = server.ask()
+    rotate("--root", str(home))
+
+    def fails(folder: Path) -> Signer:
+        raise SigningError("cannot be opened (Too many open files)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Signer, "again", fails)
+        server.now += issuer.LOOK_S
+        assert server.ask()[0].body["key"] == old.body["key"]
+    server.now += issuer.LOOK_S
+    new, keys = server.ask()
+    assert new.body["key"] == keys.current != old.body["key"]
+
+
+def test_a_rotation_while_the_folder_is_read_is_seen_at_the_next_look(home, monkeypatch):
+    server = Running(home, monkeypatch)
+    rotate("--root", str(home))
+    read = signing.published
+
+    def read_and_rotate(folder: Path) -> PublicKeys:
+        found = read(folder)
+        monkeypatch.setattr(signing, "published", read)
+        rotate("--root", str(home))
+        return found
+
+    monkeypatch.setattr(signing, "published", read_and_rotate)
+    for _ in range(2):
+        server.now += issuer.LOOK_S
+        receipt, keys = server.ask()
+        verify(receipt, keys)
+    assert receipt.body["key"] == Signer.open(server.folder).key_id
 
 
 def test_a_folder_that_goes_away_does_not_stop_a_server(home, monkeypatch):

@@ -64,7 +64,7 @@ def test_an_answer_alone_is_that_of_one_plain_forward(
 def test_an_answer_in_a_crowd_is_that_of_one_plain_forward(
     seed: int, folders: dict[str, Path], crowd: loramux.Handle
 ):
-    """Random arrivals, lengths, chunks and preemptions; every kind of adapter in one batch."""
+    """Random arrivals, lengths, chunks, preemptions and pauses; every kind of adapter in one batch."""
     draw = random.Random(seed)
     names = [None, *folders]
     options = {
@@ -72,6 +72,7 @@ def test_an_answer_in_a_crowd_is_that_of_one_plain_forward(
         "max_chunk": draw.choice([3, 7, 64]),
         "max_batch": draw.choice([5, 24, 64]),
         "prefix_cache": draw.random() < 0.5,
+        "max_pauses": seed % 2 * 3,
     }
     requests = [
         greedy(

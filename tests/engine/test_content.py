@@ -20,6 +20,7 @@ from loramux.core.bank import dora_gain
 from loramux.core.sites import find_sites
 from loramux.engine.content import Content, content_of, read_content
 from loramux.engine.packing import ALIGN, Layout
+from loramux.formats.errors import OTHER_BASE, FormatError
 from loramux.ops.pool import SlotTable
 from loramux.persist import base, digest_of_base, read_adapter
 from loramux.persist.base import BaseIdentity
@@ -309,8 +310,31 @@ def test_dora_over_a_quantised_base_is_refused(tmp_path: Path) -> None:
 
 def test_the_base_of_every_folder_is_checked(tmp_path: Path) -> None:
     folder = trained(build_pico("llama", seed=1)).save(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained on another base"):
+    with pytest.raises(FormatError, match="was trained on another base") as caught:
         Reader(build_pico("llama"))(folder)
+    assert caught.value.code == OTHER_BASE
+
+
+@pytest.mark.parametrize("change", ["no such site", "another shape"])
+def test_what_the_base_has_no_room_for_is_told_to_be_of_another_base(
+    tmp_path: Path, change: str
+) -> None:
+    """Folders of other tools note no base; the code is what a server goes by."""
+    folder = trained(build_pico("llama")).save(tmp_path / "foreign")
+    (folder / "loramux.json").unlink()
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for name in list(tensors):
+        if change == "another shape":
+            tensors[name] = torch.cat(
+                [tensors[name], tensors[name]], dim=-1 if "lora_A" in name else 0
+            )
+        elif ".layers.1." in name:
+            tensors[name.replace(".layers.1.", ".layers.7.")] = tensors.pop(name)
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match="trained on another base") as caught:
+        Reader(build_pico("llama"))(folder)
+    assert caught.value.code == OTHER_BASE
 
 
 def test_the_base_is_known_though_its_linears_were_replaced_since(tmp_path: Path) -> None:

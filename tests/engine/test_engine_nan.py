@@ -26,7 +26,7 @@ from engine.helpers import (
 )
 from loramux.core.method import MethodConfig
 from loramux.engine.kv import KVPool
-from loramux.engine.request import Request
+from loramux.engine.request import NOT_FINITE, Request
 from pico import build_pico
 
 HUGE = (
@@ -131,6 +131,7 @@ def test_a_row_that_is_not_finite_ends_its_request_and_leaves_the_others_bit_equ
     (bad,) = done[f"bad-{variant.name}"]
     assert bad.finish_reason == "error", bad
     assert bad.error is not None and "not finite" in bad.error
+    assert getattr(bad.error, "code", "") == NOT_FINITE
     assert bad.token_ids == ()
     assert calm[f"bad-{variant.name}"][0].finish_reason == "length"
     others = {key: row for key, row in seen.items() if key[0] not in wrong}

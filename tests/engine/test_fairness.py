@@ -152,9 +152,10 @@ def test_who_comes_back_is_ahead_by_what_it_did_not_use_up_to_the_head_start():
     assert floor == 105
     assert served_once(shares, "a", 20) == floor - 30
     assert served_once(shares, "a", 20) == floor - 10, "what was used is gone"
-    assert served_once(shares, "a", 20) == floor + 10
     assert served_once(shares, "gold", 1) == floor - 15, "tokens, by weight"
     assert served_once(shares, "new", 1) == floor, "nothing for tenants made on the spot"
+    assert served_once(shares, "a", 20) == floor + 10
+    assert served_once(shares, "other", 1) == floor + 10, "nobody is owed more than who went last"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -185,6 +186,54 @@ def test_coming_and_going_never_gives_more_than_a_share_and_the_head_start(seed)
         most_gained = max(most_gained, lead[-1] - least)
     # Six prompts and answers of 11 tokens each may be under way on top.
     assert head_start < most_gained <= head_start + 6 * 11
+
+
+def test_who_waits_keeps_what_it_is_owed_however_many_more_it_sends():
+    shares = Shares(head_start=10)
+    for tenant in ("waits", "goes"):
+        shares.enter(tenant)
+    shares.start("goes", 0)
+    shares.charge("goes", 100, 0)
+    shares.settle()
+    shares.enter("waits")
+    assert shares["waits"].counter == 0
+    shares.start("waits", 0)
+    shares.enter("waits")
+    assert shares["waits"].counter == 0, "its second one still waited"
+    shares.start("waits", 0)
+    shares.start("waits", 0)
+    shares.enter("waits")
+    assert shares["waits"].counter == 90, "nothing of it did"
+
+
+@pytest.mark.parametrize("who", ["saver", "new"])
+def test_a_small_answer_that_never_ends_saves_up_nothing(who):
+    """Neither for its tenant, which asks for more one day, nor for one that was never seen before."""
+    head_start = 40
+    limits = Limits(
+        max_batch=12, max_step_tokens=32, max_chunk=16, max_prompt_tokens=16, head_start=head_start
+    )
+    runner = FakeRunner(num_blocks=800, limits=limits, has_cache=False)
+
+    def step(i, also=None):
+        for tenant, count in (("steady", 3), (also, 6)):
+            while tenant and sum(s.tenant == tenant for s in runner.scheduler._records) < count:
+                runner.add(tokens_of(i, 24), max_tokens=4, tenant=tenant)
+        small = [s for s in runner.scheduler._records if s.tenant == "saver"]
+        if all(s.num_generated > 30 for s in small) and len(small) < 2:  # before the last one ends
+            runner.add(tokens_of(i, 2), max_tokens=40, tenant="saver")
+        runner.step()
+        return runner.scheduler.stats().served
+
+    for i in range(300):
+        before = step(i)
+    assert before["steady"] > 10 * before["saver"]
+    for i in range(200):
+        after = step(i, also=who)
+    gained = after[who] - before.get(who, 0)
+    lost = after["steady"] - before["steady"]
+    # Six prompts and answers of 28 tokens each may be under way on top.
+    assert gained - lost <= head_start + 6 * 28, (gained, lost)
 
 
 def test_a_quiet_tenant_that_comes_back_goes_before_the_prompts_of_a_flood():

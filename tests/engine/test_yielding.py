@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from engine.crowd import build_engine
 from engine.fake_runner import FakeRunner, right_answer, tokens_of
 from loramux.engine.admission import Limits
+from loramux.engine.fairness import Shares
 
 
 def crowd(max_pauses, *, rows=3, weights=None, max_tokens=40, **limits):
@@ -106,3 +108,64 @@ def test_the_limit_on_prompts_beside_answers_holds_while_these_pause():
     runner.add(tokens_of(7, 8), tenant="other")
     runner.step()
     assert [sum(step.values()) for step in tenants_of(runner, 1)] == [4]
+
+
+@pytest.mark.parametrize("head_start", [0, 200])
+def test_prompts_of_a_tenant_that_had_more_than_its_share_let_nobody_pause(head_start):
+    """One long prompt after the other, beside two answers of somebody who was served a hundredth of that."""
+    runner = crowd(8, rows=2, max_tokens=400, head_start=head_start)
+    answers = [*runner.scheduler._running]
+    for i in range(300):
+        if not any(s.tenant == "reads" for s in runner.scheduler._records):
+            runner.add(tokens_of(i, 40), max_tokens=1, tenant="reads")
+        runner.step()
+    served = runner.scheduler.stats().served
+    # The head start and the first prompts, in pieces of 4: what it costs the two, once.
+    most_pauses = (head_start + 40) / 4
+    assert served["reads"] > 1000 and {s.num_generated >= 301 - most_pauses for s in answers} == {
+        True
+    }
+
+
+def test_answers_do_not_pause_after_a_step_that_a_prompt_had_to_itself():
+    """Or such prompts and short ones, in turn, would keep them waiting for longer than they are told."""
+    runner = crowd(3, max_tokens=400, max_step_tokens=16)
+    waits = [0]
+    prompts = [
+        ("whole 0", 20, True),
+        ("short 0", 4, False),
+        ("whole 1", 20, True),
+        ("short 1", 4, False),
+    ]
+    for i in range(60):
+        for tenant, length, is_routed in prompts:
+            if not any(s.tenant == tenant for s in runner.scheduler._records):
+                runner.add(tokens_of(i, length), max_tokens=1, tenant=tenant, is_routed=is_routed)
+        runner.step()
+        if any(s.tenant == "loud" for s, _, _ in runner.plans[-1]):
+            waits.append(0)
+        else:
+            waits[-1] += 1
+    assert 3 <= max(waits) <= 4, "three pauses, and a prompt that runs alone"
+
+
+def test_being_ahead_counts_tokens_by_weight():
+    shares = Shares({"gold": 2.0}, head_start=30)
+    for tenant in ("gold", "plain"):
+        shares.enter(tenant)
+    gold, plain = shares["gold"], shares["plain"]
+    for tokens, ahead in ((30, False), (1, True)):
+        shares.charge("gold", tokens, 0)
+        assert shares.is_ahead(gold, plain) is ahead and not shares.is_ahead(plain, gold)
+    shares.charge("plain", 31, 0)
+    assert not shares.is_ahead(plain, gold), "half a head start, as it weighs half"
+
+
+def test_an_engine_hands_its_limits_on():
+    given = {
+        "max_batch": 3, "max_step_tokens": 50, "max_chunk": 7, "max_prompt_tokens": 6, "max_pauses": 2,
+        "head_start": 9,
+    }  # fmt: skip
+    with build_engine(**given) as engine:
+        limits = engine.scheduler.limits
+        assert {name: getattr(limits, name) for name in given} == given

@@ -17,7 +17,7 @@ class Draft:
         self.budget = limits.max_step_tokens
         self.copies: list[Copy] = []
         self.is_alone = False
-        self._was_alone = was_alone
+        self.was_alone = was_alone
         self._limits = limits
         self._decodes: dict[Sequence, Chunk] = {}
         self._singles: list[Chunk] = []  # one token of a new sequence whose other tokens are found
@@ -69,7 +69,7 @@ class Draft:
         """
         if self.fits(count):
             return True
-        return not self._prompt_tokens and not (self._was_alone and self._decodes)
+        return not self._prompt_tokens and not (self.was_alone and self._decodes)
 
     def add_whole(self, sequence: Sequence) -> None:
         """All of its tokens. If they exceed the step, it holds nothing else: decodes go on in the next one."""

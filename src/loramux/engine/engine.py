@@ -355,7 +355,8 @@ class Engine(Answers):
         """Numbers for people and logs: steps, the scheduler's, the adapter store's, blocks of the KV pool."""
         return {
             "steps": self.steps,
-            "scheduler": dataclasses.asdict(self.scheduler.stats()),
+            # Not asdict: it copies the tokens of every remembered tenant one by one, for longer than a step takes.
+            "scheduler": {**vars(self.scheduler.stats())},
             "adapters": dataclasses.asdict(self.store.stats()),
             "kv_blocks": self.blocks.num_blocks,
             "kv_blocks_free": self.blocks.num_free,

@@ -2,9 +2,11 @@
 
 Why: first come, first served gives everything to whoever floods. Each tenant has a counter of served tokens over its
 weight, and the least one goes first (virtual token counters). Counters outlive idle times, so leaving and coming back
-clears no debt. Idle times earn a head start of so many tokens at most: who returns starts no lower than that below the
-least counter being served, so that a tenant that sends little is answered at once, and none can save up service.
-Who comes for the first time starts at that least counter: tenants made on the spot gain nothing.
+clears no debt. Asking for less than one's share earns a head start of so many tokens at most: a tenant none of whose
+requests waits starts its next one no lower than that below the floor, which is what the last one admitted had been
+served, or the least counter being served where that is more. So a tenant that sends little is answered at once, and
+none can save up service, not even by an answer that never ends. Who comes for the first time starts at the floor:
+tenants made on the spot gain nothing.
 """
 
 from __future__ import annotations
@@ -76,21 +78,25 @@ class Shares:
         """Tenants with unfinished work."""
         return self._busy
 
+    def is_ahead(self, one: Share, other: Share) -> bool:
+        """Whether `one` was served more than `other`, by more than a head start."""
+        return one.counter - self._head_start / one.weight > other.counter
+
     def served(self) -> dict[str, int]:
         """Tokens served to each remembered tenant."""
         return {tenant: share.served for tenant, share in self._shares.items()}
 
     def enter(self, tenant: str) -> None:
         """The tenant has one more unfinished sequence."""
-        share = self._busy.get(tenant)
+        share = self._shares.get(tenant)
         if share is None:
-            share = self._shares.get(tenant)
-            if share is None:
-                share = Share(self._weights.get(tenant, 1.0), self._floor)
-                self._shares[tenant] = share
+            share = Share(self._weights.get(tenant, 1.0), self._floor)
+            self._shares[tenant] = share
+        # Also one that runs: a small answer that never ends would save up all that its tenant does not ask for.
+        if share.num_unfinished == share.num_running:
             least = self._floor - self._head_start / share.weight
             share.counter = max(share.counter, least)
-            self._busy[tenant] = share
+        self._busy[tenant] = share
         share.num_unfinished += 1
 
     def leave(self, tenant: str) -> None:
@@ -109,6 +115,8 @@ class Shares:
     def start(self, tenant: str, pending: int) -> None:
         """One of the tenant's sequences runs now, with `pending` tokens to be served before it answers."""
         share = self._busy[tenant]
+        # It had the least of those that waited, so nobody is owed more than that.
+        self._floor = max(self._floor, share.counter)
         share.num_running += 1
         share.pending += pending
         self._serving[tenant] = share
@@ -131,7 +139,7 @@ class Shares:
         assert share.pending >= 0, f"tenant {tenant!r}: {share}"
 
     def settle(self) -> None:
-        """After a step: who comes or returns starts no lower than the least of those being served."""
+        """After a step: who comes next starts no lower than the least of those being served."""
         # Those that only wait do not count: one that waits for long would let every newcomer start as low as it is.
         shares = self._serving or self._busy
         if shares:

@@ -56,6 +56,9 @@ class Issuer:
         self._base, self._clock = base or "", clock
         self.num_issued = self.num_mismatched = 0
         self._mark, self._looked_at = signer.mark, time.monotonic()
+        self._told: object = (
+            None  # what the folder was when the log was told that it cannot be read
+        )
 
     def current(self) -> Signer:
         """The signer of the key that lies in the folder, as of the last look."""
@@ -69,14 +72,17 @@ class Issuer:
         mark = mark_of(self.signer.folder)
         if mark == self._mark:
             return
-        # One attempt per change: a folder that cannot be read is one line in the log.
-        self._mark = mark
         try:
             self.signer = self.signer.again()
         except (LoramuxError, OSError) as error:
-            log.error("the signing key changed and cannot be used; the old one signs on: %s", error)
+            # Tried again at every look, as the reason may pass (no file left to open); told once per change.
+            if mark != self._told:
+                self._told = mark
+                log.error(
+                    "the signing key changed and cannot be used; the old one signs on: %s", error
+                )
             return
-        self._mark = self.signer.mark
+        self._mark, self._told = self.signer.mark, None
         log.info("receipts are signed with the key %s", self.signer.key_id)
 
     def issue(self, outcome: Outcome) -> Receipt:
