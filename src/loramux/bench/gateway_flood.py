@@ -39,7 +39,7 @@ CONFIG = {
     "tenants": {"enabled": True},
     "engine": {
         "kv_memory": "64MiB", "max_batch": 16, "max_chunk": 32, "max_prompt_tokens": 32,
-        "max_pauses": 8, "prefix_cache": False, "threads": 1,
+        "prefix_cache": False, "threads": 1,
     },
 }  # fmt: skip
 RACE_REQUESTS, RACE_CALLS, RACE_TOKENS = 20, 100, 400

@@ -50,7 +50,7 @@ class EngineConfig(_Strict):
     max_step_tokens: int = Field(2048, ge=1)
     max_chunk: int = Field(512, ge=1)
     max_prompt_tokens: int | None = Field(None, ge=1)
-    max_pauses: int = Field(0, ge=0)
+    max_pauses: int = Field(8, ge=0, description="0 in an engine of its own; here tenants meet")
     head_start: int = Field(2048, ge=0)
     prefix_cache: bool = True
     threads: int | None = Field(None, ge=1, description="of torch; all cores without it")
