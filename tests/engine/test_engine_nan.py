@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -73,27 +71,13 @@ def crowd_of(names: list[str], tokens: int = 8) -> list[Request]:
     ]
 
 
-QUARTERS = 4
-TOGETHER = 3
-Runs = tuple[tuple[Done, Logits], tuple[Done, Logits]]
-
-
-def mates_of(variant: Variant) -> tuple[list[Variant], list[Variant]]:
-    """The quarter of all kinds that it has as neighbours, and the few of them that are bad in the same run."""
-    variants = every_variant()
-    quarter = variants[variants.index(variant) % QUARTERS :: QUARTERS]
-    first = quarter.index(variant) // TOGETHER * TOGETHER
-    return quarter, quarter[first : first + TOGETHER]
-
-
-def run_with(bad: dict[str, Path], folders: dict[str, Path], most_rows: int) -> tuple[Done, Logits]:
-    """The crowd and, in the middle of it, one short request to each adapter that may be bad."""
+def run_with(bad: Path, folders: dict[str, Path], **options: object) -> tuple[Done, Logits]:
+    """The crowd and, in the middle of it, one short request to the adapter that may be bad."""
     crowd = crowd_of(list(folders))
     middle = len(crowd) // 2
-    wrong = [greedy(PROMPT, name, 1, id=name) for name in bad]
-    requests = [*crowd[:middle], *wrong, *crowd[middle:]]
-    with build_engine(max_step_tokens=most_rows, max_batch=len(requests)) as engine:
-        for name, folder in {**folders, **bad}.items():
+    requests = [*crowd[:middle], greedy(PROMPT, "bad", 1, id="bad"), *crowd[middle:]]
+    with build_engine(**options) as engine:
+        for name, folder in {**folders, "bad": bad}.items():
             engine.add_adapter(name, folder)
         warm_up(engine)  # so that both runs admit alike
         seen = record_samples(engine)
@@ -102,47 +86,32 @@ def run_with(bad: dict[str, Path], folders: dict[str, Path], most_rows: int) -> 
     return done, seen
 
 
-@pytest.fixture(scope="module")
-def both_runs(root: Path, folders: dict[str, Path]) -> Callable[[Variant, int], Runs]:
-    """The run with bad adapters and the calm one, made once for all variants that are bad together."""
-
-    @cache
-    def runs(first: str, most_rows: int) -> Runs:
-        quarter, bad = mates_of(next(v for v in every_variant() if v.name == first))
-        near = {variant.name: folders[variant.name] for variant in quarter}
-        huge, calm = (
-            run_with({f"bad-{v.name}": save_bad(v, root, factor) for v in bad}, near, most_rows)
-            for factor in (HUGE, 1.0)
-        )
-        return huge, calm
-
-    return lambda variant, most_rows: runs(mates_of(variant)[1][0].name, most_rows)
-
-
 @pytest.mark.parametrize("most_rows", [16, 2048])
 @pytest.mark.parametrize("variant", every_variant(), ids=named)
 def test_a_row_that_is_not_finite_ends_its_request_and_leaves_the_others_bit_equal(
-    variant: Variant, most_rows: int, both_runs: Callable[[Variant, int], Runs]
+    variant: Variant, most_rows: int, folders: dict[str, Path], root: Path
 ):
-    """In small steps and in large ones; three rows are not finite, their neighbours are a quarter of all kinds."""
-    (done, seen), (calm, wanted) = both_runs(variant, most_rows)
-    mates = [mate.name for mate in mates_of(variant)[1]]
-    wrong = {f"bad-{name}" for name in mates}
-    (bad,) = done[f"bad-{variant.name}"]
+    """In small steps and in large ones; its neighbours are a quarter of all kinds, another one for each variant."""
+    options = {"max_step_tokens": most_rows, "max_batch": 12}
+    first = list(folders).index(variant.name) % 4
+    folders = {name: folders[name] for name in list(folders)[first::4]}
+    done, seen = run_with(save_bad(variant, root, HUGE), folders, **options)
+    (bad,) = done["bad"]
     assert bad.finish_reason == "error", bad
     assert bad.error is not None and "not finite" in bad.error
     assert getattr(bad.error, "code", "") == NOT_FINITE
     assert bad.token_ids == ()
-    assert calm[f"bad-{variant.name}"][0].finish_reason == "length"
-    others = {key: row for key, row in seen.items() if key[0] not in wrong}
-    assert others.keys() == {key for key in wanted if key[0] not in wrong}
+    calm, wanted = run_with(save_bad(variant, root, 1.0), folders, **options)
+    assert calm["bad"][0].finish_reason == "length"
+    others = {key: row for key, row in seen.items() if key[0] != "bad"}
+    assert others.keys() == {key for key in wanted if key[0] != "bad"}
     for key, row in others.items():
-        if key[0].startswith(tuple(f"{name} " for name in mates)):
+        if key[0].startswith(f"{variant.name} "):
             # It may share a product with the row that is not finite, whose router then chose otherwise: sums round.
             torch.testing.assert_close(row, wanted[key], rtol=0, atol=1e-5, msg=str(key))
         else:
             assert torch.equal(row, wanted[key]), key
-    for name in done.keys() - wrong:
+    for name in done.keys() - {"bad"}:
         assert done[name][0].token_ids == calm[name][0].token_ids
         assert done[name][0].error is None
 

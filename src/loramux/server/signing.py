@@ -163,7 +163,7 @@ class Signer:
         return cls._load(folder)
 
     def again(self) -> Signer:
-        """The signer as the folder is now; nothing is made. SigningError, and this one is as good as before."""
+        """The signer as the folder is now; no key is made. SigningError, and this one is as good as before."""
         return self._load(self.folder)
 
     @classmethod
