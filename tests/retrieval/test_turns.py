@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.retrieval.pools import WordEncoder, samples, topic_profiles
-from tests.retrieval.test_calibrate import TASKS, prompts
 
+from loramux.bench import retrieval_attack, retrieval_flood
 from loramux.bench.retrieval_abstain import bare, instruction_of
 from loramux.bench.retrieval_flood import FLOODS, figures, measure, table
 from loramux.bench.retrieval_separation import Remembering, run
@@ -20,6 +21,8 @@ from loramux.retrieval.index import Entry
 from loramux.retrieval.profile import make_profile
 from loramux.retrieval.qdrant import QdrantIndex
 from loramux.retrieval.turns import CROWD, EQUAL_SHARES, in_turn
+from retrieval.pools import WordEncoder, samples, topic_profiles
+from retrieval.test_calibrate import TASKS, prompts
 
 SIZES = st.lists(st.integers(1, 400), min_size=1, max_size=40)
 
@@ -126,3 +129,13 @@ def test_the_comparison_of_scores_reads_every_text_once_and_has_a_line_for_each(
     once.encode(["a b"])
     assert encoder.calls == calls + 1
     assert make_profile(train["law"], once).dense is not None
+
+
+@pytest.mark.parametrize("bench", [retrieval_flood, retrieval_attack])
+def test_a_folder_without_tasks_is_one_error(
+    bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for data in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SystemExit):
+            bench.main(["--data", str(data)])
+        assert "has no folder with a train.jsonl" in capsys.readouterr().err

@@ -184,6 +184,8 @@ def main() -> int:
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--races", type=int, help="races instead of floods, this many of each kind")
     given = parser.parse_args()
+    if min(given.rate, given.factor, given.seconds, given.rounds) <= 0:
+        parser.error("--rate, --factor, --seconds and --rounds must be above 0")
     with tempfile.TemporaryDirectory(prefix="loramux-flood-") as folder, ExitStack() as stack:
         home = Path(folder)
         prepare(home, 1)

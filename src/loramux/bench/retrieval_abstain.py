@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from loramux.bench.retrieval_pool import TRAIN_ROWS, spread
+from loramux.bench.retrieval_pool import TRAIN_ROWS, spread, task_folders
 from loramux.data.tasks import read_task
 from loramux.retrieval.calibrate import FALLBACK, AbstainAt, Written
 from loramux.retrieval.profile import make_profile
@@ -100,7 +100,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loramux.bench.retrieval_abstain")
     parser.add_argument("--adapters", type=Path, required=True, help="folder of adapters by task")
-    parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
+    parser.add_argument("--data", type=task_folders, required=True, help="folder of task folders")
     parser.add_argument("--prompts", type=int, default=50, help="test prompts of each task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=0.05, help="of wrong refusals, as calibrated")
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--scores", action="store_true", help="compare the lexical, dense and hybrid score instead"
     )
     options = parser.parse_args(argv)
-    folders = sorted(path for path in options.data.iterdir() if (path / "train.jsonl").is_file())
+    folders = options.data
     adapters = [p.name for p in folders if (options.adapters / p.name).is_dir()]
     train = {p.name: _read(p / "train.jsonl", TRAIN_ROWS) for p in folders}
     sent = {p.name: _read(p / "test.jsonl", options.prompts) for p in folders}

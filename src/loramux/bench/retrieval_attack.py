@@ -14,9 +14,9 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from loramux.bench.retrieval_pool import task_folders
 from loramux.retrieval import EVERYTHING, Encoder, RetrievalError, Retriever, make_profile
 
 Prompts = Mapping[str, Sequence[str]]
@@ -115,7 +115,7 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m loramux.bench.retrieval_attack")
-    parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
+    parser.add_argument("--data", type=task_folders, required=True, help="folder of task folders")
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts of each task")
     parser.add_argument("--hostile", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from loramux.data.tasks import read_task
     from loramux.retrieval import MiniLM
 
-    folders = sorted(path for path in options.data.iterdir() if (path / "train.jsonl").is_file())
+    folders = options.data
     known = {p.name: [row.prompt for row in read_task(p / "train.jsonl", 500)] for p in folders}
     sent = {
         p.name: [row.prompt for row in read_task(p / "test.jsonl", options.prompts)]

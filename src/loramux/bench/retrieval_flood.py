@@ -20,7 +20,7 @@ from typing import Any
 
 from loramux.bench.retrieval_abstain import bare, instruction_of
 from loramux.bench.retrieval_attack import ATTACKS, NUM_SAMPLES, Prompts
-from loramux.bench.retrieval_pool import TRAIN_ROWS, spread
+from loramux.bench.retrieval_pool import TRAIN_ROWS, spread, task_folders
 from loramux.retrieval.calibrate import AbstainAt
 from loramux.retrieval.index import Entry
 from loramux.retrieval.profile import Profile, make_profile
@@ -116,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def read(path: Path, rows: int) -> list[str]:
         return [row.prompt for row in read_task(path, rows)]
 
-    folders = sorted(path for path in options.data.iterdir() if (path / "train.jsonl").is_file())
-    folders = folders[: options.tasks]
+    folders = options.data[: options.tasks]
     train = {p.name: read(p / "train.jsonl", TRAIN_ROWS) for p in folders}
     sent = {p.name: read(p / "test.jsonl", options.prompts) for p in folders}
     rows: dict[str, list[Any]] = {}
@@ -139,7 +138,7 @@ def _say(line: str) -> None:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loramux.bench.retrieval_flood")
-    parser.add_argument("--data", type=Path, required=True, help="folder of task folders")
+    parser.add_argument("--data", type=task_folders, required=True, help="folder of task folders")
     parser.add_argument("--prompts", type=int, default=20, help="held-out prompts of each task")
     parser.add_argument("--hostile", type=int, default=1000, help="profiles of each kind")
     parser.add_argument("--tasks", type=int, help="only so many honest tasks, by name")

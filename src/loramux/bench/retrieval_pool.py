@@ -5,6 +5,7 @@ IID: a prompt's own adapter is in the pool. OOD: it is masked for that prompt, a
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,17 @@ KINDS = {
 }
 WEIGHTS = {"lexical": 0.0, "dense": 1.0, "hybrid": 0.5}
 TRAIN_ROWS = 500  # the samples are drawn from these
+
+
+def task_folders(text: str) -> list[Path]:
+    """For argparse: the folders of tasks in a folder, by name."""
+    data = Path(text)
+    found = (
+        sorted(p for p in data.iterdir() if (p / "train.jsonl").is_file()) if data.is_dir() else []
+    )
+    if not found:
+        raise ArgumentTypeError(f"{text} has no folder with a train.jsonl; give a folder of tasks")
+    return found
 
 
 @dataclass(frozen=True)
