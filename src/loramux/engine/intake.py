@@ -41,27 +41,36 @@ class Intake:
         """See that an entry's folder is being read, or queued to be; without a ticket, whether or not anybody waits."""
         if entry.job is None:
             assert entry.folder is not None, "an adapter without a folder never leaves memory"
-            entry.job = Job(entry.folder, LAST, is_prefetch=ticket is None)
+            entry.job = Job(entry.folder, LAST)
             self.jobs[entry.job] = entry
             self._tried = None
-        if ticket is not None:
+        if ticket is None:
+            entry.job.is_prefetch = True
+        else:
             if ticket.order < entry.job.order:
                 entry.job.order, self._tried = ticket.order, None
             ticket.jobs[entry.name] = entry.job
+
+    def abandon(self, entry: Entry | None) -> None:
+        """The entry's name is given to something else: what is read for it is of no use, nor is what is wrong with it."""
+        if entry is not None and entry.job is not None:
+            entry.job.is_void = True
+            if entry.job is not self._running:
+                self._forget(entry.job)
 
     def at_door(self, job: Job | None) -> bool:
         """Whether this job was read soundly and there was no room for it so far."""
         return self._is_arrived and job is self._running and job is not None and not job.error
 
-    def pump(self, tickets: Iterable[Ticket], now: object) -> None:
-        """Let in what was read, start reading the next. `now` must differ when there may be more room than before."""
-        if not self.jobs or now == self._tried:
+    def pump(self, tickets: Iterable[Ticket], now: Callable[[], object]) -> None:
+        """Let in what was read, start reading the next. `now()` must differ when there may be more room than before."""
+        if not self.jobs or now() == self._tried:
             return
-        if self._is_arrived and not self._let_in():
-            self._tried = now
+        if self._is_arrived and not self._let_in(tickets):
+            self._tried = now()
             return
         if self._running is None:
-            self._forget_unwanted(tickets)
+            self._reckon(tickets)
             job = min(self.jobs, key=lambda job: job.order, default=None)
             if job is not None:
                 self._running = job
@@ -95,26 +104,34 @@ class Intake:
             self.changes += 1
             self._arrival.notify_all()
 
-    def _let_in(self) -> bool:
+    def _let_in(self, tickets: Iterable[Ticket]) -> bool:
+        """Clear the door, if what stands there has room or need not be waited for; whether the door is clear."""
+        self._reckon(tickets)
         job = self._running
         assert job is not None
-        is_in = self._admit(job, self.jobs[job])
-        if not is_in and all(other.order >= job.order for other in self.jobs):
+        is_done = job.is_void or self._admit(job, self.jobs[job])
+        is_wanted = job.is_prefetch or job.order != LAST
+        if not is_done and is_wanted and all(other.order >= job.order for other in self.jobs):
             return False
         job.content = None
         self.changes += 1
         self._running, self._is_arrived, self._tried = None, False, None
-        if is_in:
+        if is_done:
             self.num_loads += 1
             self.num_failed += job.error is not None
             self.last_load_s = job.seconds
             self._forget(job)
         return True
 
-    def _forget_unwanted(self, tickets: Iterable[Ticket]) -> None:
-        wanted = {id(job) for ticket in tickets for job in ticket.jobs.values()}
+    def _reckon(self, tickets: Iterable[Ticket]) -> None:
+        """Note for whom each job is by now: who asked first may be gone. Forgets what nobody waits for."""
+        orders: dict[Job, int] = {}
+        for ticket in tickets:
+            for job in ticket.jobs.values():
+                orders[job] = min(ticket.order, orders.get(job, LAST))
         for job in list(self.jobs):
-            if not job.is_prefetch and id(job) not in wanted:
+            job.order = orders.get(job, LAST)
+            if job.order == LAST and not job.is_prefetch and job is not self._running:
                 self._forget(job)
 
     def _forget(self, job: Job) -> None:

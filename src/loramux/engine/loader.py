@@ -24,7 +24,8 @@ Read = Callable[[Path], Content]
 
 @dataclass(eq=False)
 class Job:
-    """One folder to read. `order`: the number of the oldest request that waits for it.
+    """One folder to read. `order`: the number of the oldest request that waits for it; `is_void`: nobody does any more,
+    the name it was wanted under stands for something else.
 
     Filled by the loader: `content` and the identity it was read under, or `error`.
     """
@@ -32,6 +33,7 @@ class Job:
     folder: Path
     order: int
     is_prefetch: bool = False
+    is_void: bool = False
     content: Content | None = None
     identity: Identity = ()
     error: str | None = None

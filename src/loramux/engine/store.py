@@ -71,7 +71,7 @@ class AdapterStore:
         """Give the name to a folder without looking at it; errors in it become errors of the requests for it."""
         check_name(name)
         with self._lock:
-            self._sweep(self._names.put(Entry(name, Path(folder))))
+            self._give(Entry(name, Path(folder)))
 
     def add(self, name: str, source: str | os.PathLike[str] | Adapter) -> str:
         """Give the name to a folder, read and checked now, or to a copy of an adapter; returns the content's digest.
@@ -103,12 +103,13 @@ class AdapterStore:
                     f"memory {self.memory.free:,} are free and the rest is in use. Raise memory_bytes, or save the "
                     "adapter and register its folder"
                 )
-            self._sweep(self._names.put(entry))
+            self._give(entry)
         return content.digest
 
     def remove(self, name: str) -> None:
         """Take a name back. Answers under way keep what they run with; requests still waiting for the name fail."""
         with self._lock:
+            self._intake.abandon(self._names[name])
             self._sweep(self._names.remove(name))
 
     @property
@@ -123,6 +124,10 @@ class AdapterStore:
 
     def __contains__(self, name: str) -> bool:
         return name in self._names.entries
+
+    def _give(self, entry: Entry) -> None:
+        self._intake.abandon(self._names.entries.get(entry.name))
+        self._sweep(self._names.put(entry))
 
     # --- Requests -------------------------------------------------------------------------------
 
@@ -288,7 +293,7 @@ class AdapterStore:
             if self._is_ready(entry):
                 content = self._content(name)
                 contents[content.digest] = content
-            elif job is not None and job.error is not None:
+            elif job is not None and job.error is not None and not job.is_void:
                 return Reason(f"adapter {name!r}: {job.error}", getattr(job.error, "code", ""))
             elif self._intake.at_door(entry.job):
                 assert entry.job is not None and entry.job.content is not None
@@ -327,7 +332,7 @@ class AdapterStore:
         return read_content(self.layout, self._model, self._base, folder, self._check_base)
 
     def _pump(self) -> None:
-        self._intake.pump(self._tickets, (self._changes, len(self._tickets)))
+        self._intake.pump(self._tickets, lambda: (self._changes, len(self._tickets)))
 
     def _admit(self, job: Job, entry: Entry) -> bool:
         """Take what was read into memory; False while there is no room for it."""

@@ -12,11 +12,13 @@ from engine.folders import (
     CONFIG,
     WEIGHTS,
     Folders,
+    Gate,
     Stores,
     first_row,
     lease_of,
     row_of,
     size_of,
+    truncate,
     wait_for,
     write_lora,
 )
@@ -92,6 +94,77 @@ def test_an_adapter_that_finds_no_room_does_not_keep_an_older_request_waiting(
     assert wait_for(store, second) == "loading"
     store.release(lease)
     assert wait_for(store, second) == "ready"
+
+
+def test_what_was_read_for_a_name_that_moved_on_stands_in_nobodys_way(
+    make: Stores, lora: Folders, tmp_path: Path
+) -> None:
+    """Regression: it stayed at the door for ever where it and the rest of its own request do not fit together."""
+    small, large = lora(0), write_lora(build_pico("llama"), tmp_path / "large", r=8)
+    store = make(memory=size_of(make(), large))
+    store.register("a", small)
+    store.register("b", large)
+    assert wait_for(store, store.want((("a", 1.0),))) == "ready"
+    gate = Gate(store)
+    ticket = store.want((("a", 1.0), ("b", 1.0)))
+    assert gate.begun.wait(20)
+    store.register("b", lora(1))
+    gate.go.set()
+    assert wait_for(store, ticket) == "ready"
+
+
+def test_what_is_wrong_with_a_folder_fails_nobody_once_the_name_moved_on(
+    store: AdapterStore, lora: Folders, tmp_path: Path
+) -> None:
+    shutil.copytree(lora(0), tmp_path / "broken")
+    truncate(tmp_path / "broken")
+    store.register("a", tmp_path / "broken")
+    gate = Gate(store)
+    ticket = store.want((("a", 1.0),))
+    assert gate.begun.wait(20)
+    store.register("a", lora(1))
+    gate.go.set()
+    assert store.wait(20)  # the error is there before anybody asks
+    assert wait_for(store, ticket) == "ready"
+
+
+def test_what_nobody_waits_for_any_more_leaves_the_door(make: Stores, lora: Folders) -> None:
+    store = make(memory=size_of(make(), lora(0)))
+    for i in range(2):
+        store.register(f"a{i}", lora(i))
+    lease, gone = lease_of(store, "a0"), store.want((("a1", 1.0),))
+    assert wait_for(store, gone) == "loading"
+    assert gone.is_crowded
+    store.drop(gone)
+    again = store.want((("a0", 1.0),))
+    assert again.state == "ready"
+    assert not store._intake.jobs
+    again = store.want((("a1", 1.0),))
+    store.prefetch(["a1"])  # whether or not anybody waits
+    assert wait_for(store, again) == "loading"
+    store.drop(again)
+    store.release(lease)
+    store.poll()
+    assert store.want((("a1", 1.0),)).state == "ready"
+
+
+def test_the_search_for_room_is_not_repeated_for_everyone_who_asks(
+    make: Stores, lora: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(memory=size_of(make(), lora(0)))
+    for i in range(2):
+        store.register(f"a{i}", lora(i))
+    lease = lease_of(store, "a0")
+    crowd = [store.want((("a1", 1.0),)) for _ in range(20)]
+    assert wait_for(store, crowd[-1]) == "loading"
+    searches = []
+    monkeypatch.setattr(store.tiers, "keep", lambda *_: searches.append(1))
+    for _ in range(5):
+        assert {ticket.state for ticket in crowd} == {"loading"}
+    assert len(searches) <= 1
+    monkeypatch.undo()
+    store.release(lease)
+    assert wait_for(store, crowd[0]) == "ready"
 
 
 def test_content_that_has_changed_on_disk_makes_room_for_what_replaced_it(

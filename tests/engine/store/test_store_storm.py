@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Content]:
 
 
 class Storm:
-    """Random requests against a store whose folders are read in an instant."""
+    """Random requests against a store whose folders are read in an instant, or in a few steps of the others."""
 
     def __init__(self, contents: dict[str, Content], seed: int, root: Path):
         self.random = random.Random(seed)
@@ -39,7 +40,8 @@ class Storm:
             slots=self.random.choice([1, 2, 4]),
             slot_bytes=self.random.choice([memory, largest]),
         )
-        self.store._intake._loader._read = lambda folder: contents[folder.name]
+        self.slowness = self.random.choice([0.0, 0.0, 0.005])
+        self.store._intake._loader._read = self.read
         self.folders = [root / name for name in contents]
         self.names = [f"n{i}" for i in range(len(contents))]
         for name in self.names:
@@ -47,6 +49,10 @@ class Storm:
         self.tickets: list[Ticket] = []
         self.leases: list[Lease] = []
         self.failed: list[Ticket] = []
+
+    def read(self, folder: Path) -> Content:
+        time.sleep(self.slowness)
+        return self.contents[folder.name]
 
     def register(self, name: str) -> None:
         self.store.register(name, self.random.choice(self.folders))
@@ -62,8 +68,10 @@ class Storm:
             self.store.release(self.leases.pop(self.random.randrange(len(self.leases))))
         elif turn < 0.93:
             self.register(self.random.choice(self.names))
-        elif turn < 0.96 and self.tickets:
+        elif turn < 0.95 and self.tickets:
             self.store.drop(self.tickets.pop(self.random.randrange(len(self.tickets))))
+        elif turn < 0.96:
+            self.store.prefetch(self.random.sample(self.names, 2))
         else:
             self.store.wait(0.002)
         self.store.check_integrity()
