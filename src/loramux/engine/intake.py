@@ -52,7 +52,7 @@ class Intake:
             ticket.jobs[entry.name] = entry.job
 
     def abandon(self, entry: Entry | None) -> None:
-        """The entry's name is given to something else: what is read for it is of no use, nor is what is wrong with it."""
+        """The entry's name is given to something else: what is read for it is no use, nor is what is wrong with it."""
         if entry is not None and entry.job is not None:
             entry.job.is_void = True
             if entry.job is not self._running:
