@@ -66,12 +66,14 @@ def test_every_setting_of_the_engine_block_reaches_the_engine(monkeypatch):
     assert given == block
 
 
-def test_an_empty_engine_block_leaves_the_engine_its_own_defaults_but_for_pauses(monkeypatch):
+def test_an_empty_engine_block_leaves_the_engine_its_own_defaults_but_where_tenants_meet(
+    monkeypatch,
+):
     own = inspect.signature(Engine.__init__).parameters
     given = handed_over(monkeypatch, {})
     changed = {name for name, value in given.items() if value != own[name].default}
-    assert changed == {"max_pauses"}, "in a server tenants meet"
-    assert given["max_pauses"] == 8
+    assert changed == {"max_pauses", "max_prompt_tokens"}
+    assert (given["max_pauses"], given["max_prompt_tokens"]) == (8, 256)
 
 
 def test_what_of_the_engine_has_no_setting_is_known():

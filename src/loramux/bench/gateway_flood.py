@@ -1,12 +1,14 @@
 """A tenant that floods, and tenants that race for the last of a quota, through HTTP.
 
     python -m loramux.bench.gateway_flood --seconds 60 --rounds 3
+    python -m loramux.bench.gateway_flood --base smollm2-135m --rate 0.1 --seconds 120 --rounds 1
     python -m loramux.bench.gateway_flood --races 20
 
 *Flood*: three quiet tenants send streams at random times, alone at first, then beside one that sends `factor` times as
 much as each of them. Measured at the client, from when a call was due: the 95th percentile of the time to the first
 token. Every tenant has the same concurrency limit, below the engine's batch; what exceeds it is refused with
-429. Beside it, for machines that others use too: the processor time that the server's process used meanwhile.
+429. The engine has the server's defaults. Beside it, for machines that others use too: the processor time that the
+server's process used meanwhile.
 *Races*: many calls at once meet a limit that lets some of them through; counted is what got through beyond it.
 `loramux.tenancy.flood` measures the same in engine steps, which are alike on every machine.
 """
@@ -35,13 +37,8 @@ from loramux.bench.gateway_world import add_tenants, prepare
 QUIET, FLOOD = ("quiet-0", "quiet-1", "quiet-2"), "flood"
 MOST = 1.5
 CONCURRENCY = 8
-CONFIG = {
-    "tenants": {"enabled": True},
-    "engine": {
-        "kv_memory": "64MiB", "max_batch": 16, "max_chunk": 32, "max_prompt_tokens": 32,
-        "prefix_cache": False, "threads": 1,
-    },
-}  # fmt: skip
+CONFIG = {"tenants": {"enabled": True}, "engine": {"prefix_cache": False, "threads": 1}}
+TOKENS = range(20, 64)  # every base has these, and they end no answer
 RACE_REQUESTS, RACE_CALLS, RACE_TOKENS = 20, 100, 400
 
 
@@ -75,7 +72,7 @@ async def half(
     senders = {**dict.fromkeys(QUIET, rate), **({FLOOD: rate * factor} if factor else {})}
     until = time.perf_counter() + seconds
 
-    async def one(tenant: str, prompt: str, due: float) -> None:
+    async def one(tenant: str, prompt: list[int], due: float) -> None:
         body = {
             "model": "base", "prompt": prompt, "max_tokens": answer_tokens, "temperature": 0, "stream": True,
         }  # fmt: skip
@@ -96,7 +93,7 @@ async def half(
         draw = random.Random(f"{seed} {tenant}")
         due = time.perf_counter()
         while (due := due + draw.expovariate(rate)) < until:
-            prompt = " ".join(f"w{draw.randrange(64)}" for _ in range(prompt_tokens))
+            prompt = draw.choices(TOKENS, k=prompt_tokens)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             calls.add(task := asyncio.ensure_future(one(tenant, prompt, due)))
             task.add_done_callback(calls.discard)
@@ -173,9 +170,13 @@ async def races(served: Served, tenancy: Any, count: int) -> list[Race]:
 
 def main() -> int:
     from loramux.registry import Registry
+    from loramux.server.build import base_folder
     from loramux.tenancy import Tenancy
 
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--base", help="a folder or a name of `loramux fetch`; a tiny one without it"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="calls per second and quiet tenant")
     parser.add_argument("--factor", type=float, default=50.0)
     parser.add_argument("--seconds", type=float, default=60.0, help="of each half of a round")
@@ -188,7 +189,10 @@ def main() -> int:
         parser.error("--rate, --factor, --seconds and --rounds must be above 0")
     with tempfile.TemporaryDirectory(prefix="loramux-flood-") as folder, ExitStack() as stack:
         home = Path(folder)
-        prepare(home, 1)
+        if given.base is None:
+            prepare(home, 1)
+        else:
+            (home / "base").symlink_to(base_folder(given.base).resolve())
         registry = stack.enter_context(Registry.open(home / "registry"))
         tenancy = stack.enter_context(Tenancy.open(registry.database))
         keys = add_tenants(tenancy, [*QUIET, FLOOD], max_concurrency=CONCURRENCY)

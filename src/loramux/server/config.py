@@ -49,7 +49,9 @@ class EngineConfig(_Strict):
     max_batch: int = Field(64, ge=1)
     max_step_tokens: int = Field(2048, ge=1)
     max_chunk: int = Field(512, ge=1)
-    max_prompt_tokens: int | None = Field(None, ge=1)
+    max_prompt_tokens: int | None = Field(
+        256, ge=1, description="null for no limit, as in an engine of its own; raise it on a GPU"
+    )
     max_pauses: int = Field(8, ge=0, description="0 in an engine of its own; here tenants meet")
     head_start: int = Field(2048, ge=0)
     prefix_cache: bool = True
@@ -85,6 +87,9 @@ class LimitsConfig(_Strict):
     write_timeout_s: float = Field(20.0, gt=0, description="a reader slower than this is cut off")
     heartbeat_s: float = Field(
         10.0, gt=0, description="silence in a stream before a comment is sent"
+    )
+    grace_s: float = Field(
+        30.0, ge=0, description="calls under way may go on for so long when the server is stopped"
     )
 
 
