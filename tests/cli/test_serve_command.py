@@ -1,5 +1,7 @@
 """`loramux serve` takes its address before it reads the base: a taken port is one error, port 0 becomes a real one."""
 
+import logging
+import re
 import socket
 from pathlib import Path
 
@@ -29,3 +31,14 @@ def test_port_0_becomes_a_free_port_and_the_notice_has_it() -> None:
         assert 0 < port != other.getsockname()[1]
         first, _ = serve.notice(parse_config({"base": "pico", "port": 0}), port)
     assert first == f"serving pico at http://127.0.0.1:{port}/v1"
+
+
+def test_a_line_of_the_servers_log_has_its_time_its_level_and_its_place(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    serve.log_with_times()
+    logging.getLogger("loramux.server.keys").warning("a key was refused")
+    said = capsys.readouterr().err
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d [\d:,]+ WARNING loramux\.server\.keys: a key was refused\n", said
+    )

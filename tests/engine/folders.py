@@ -84,10 +84,11 @@ def make_store(
     )
 
 
-def wait_for(store: AdapterStore, ticket: Ticket, timeout_s: float = 0.5) -> str:
-    """The state a ticket comes to rest in; `loading` where nothing has been read for a while."""
-    while ticket.state == "loading" and store.wait(timeout_s):
-        pass
+def wait_for(store: AdapterStore, ticket: Ticket) -> str:
+    """The state a ticket comes to rest in; `loading` where nothing is being read and what was read finds no room."""
+    intake = store._intake
+    while ticket.state == "loading" and intake._running is not None and intake._tried is None:
+        assert store.wait(20.0), "nothing was read"
     return ticket.state
 
 

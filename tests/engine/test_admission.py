@@ -169,6 +169,36 @@ def test_a_step_asks_about_a_bounded_number_of_waiting_sequences():
     assert tier.asked == 10
 
 
+def test_while_nothing_runs_those_far_behind_are_asked_too():
+    """Regression: what many waited for was held by one behind them that no step asked about."""
+    tier = SlotTier(slots=8, loading=["slow"])
+    runner = with_slots(tier, limits=Limits(max_batch=2, max_step_tokens=64, max_probes=10))
+    for i in range(100):
+        runner.add(tokens_of(i, 5), content="slow")
+    (behind,) = runner.add(tokens_of(0, 5), content="fast")
+    for _ in range(5):
+        runner.step()
+    assert behind.state == "finished" or behind.state == "running"
+
+
+def test_slots_are_not_drained_for_one_that_waits_for_its_adapter_again():
+    """Regression: it was crowded out before, so nobody was let in, not even the one it had to wait behind."""
+    tier = SlotTier(slots=1)
+    runner = with_slots(tier, limits=Limits(max_batch=4, max_step_tokens=64, patience=0))
+    (hot,) = runner.add(tokens_of(0, 5), content="hot", max_tokens=3)
+    runner.step()
+    (cold,) = runner.add(tokens_of(1, 5), content="cold")
+    runner.step()
+    tier.loading.add("cold")  # it lost its memory to an older one
+    (warm,) = runner.add(tokens_of(2, 5), content="warm")
+    for _ in range(9):
+        runner.step()
+    assert hot.state == warm.state == "finished"
+    assert cold.state == "waiting"
+    tier.loading.clear()
+    finish_all(runner, [hot, warm, cold])
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

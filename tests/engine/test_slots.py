@@ -122,6 +122,18 @@ def test_a_wide_content_may_push_parts_of_its_own_mix_aside() -> None:
     own.check_integrity()
 
 
+def test_a_mix_that_fits_is_seated_wherever_the_idle_ones_sit() -> None:
+    """Regression: the run unused longest was in the middle, and with nothing pinned there was no room for ever."""
+    own, singles = tier(6), [FakeContent(f"s{i}") for i in range(6)]
+    assert own.acquire(singles) is not None
+    for i in (1, 2, 3, 0, 4, 5):
+        own.release(f"s{i}")
+    wide = [FakeContent("left", 3, number=1.0), FakeContent("right", 3, number=2.0)]
+    assert own.acquire(wide) == [range(3), range(3, 6)]
+    own.check_integrity()
+    assert own.table.rows_of(5, 0)[0].unique().tolist() == [2.0]
+
+
 def test_bytes_are_a_budget_of_their_own() -> None:
     own = tier(4, max_bytes=250)
     a, b, c = (FakeContent(name) for name in "abc")

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,29 @@ def test_where_memory_is_full_idle_sets_make_room_and_held_ones_do_not(trained: 
         pool.release(engine, first)
         second = pool.hold(engine, trained.ids[1:])
         assert engine.adapters == [second] and len(pool) == 1
+        engine.check_integrity()
+
+
+def test_an_idle_set_makes_room_for_an_ordinary_adapter_and_one_that_is_held_is_waited_for(
+    trained: Trained,
+):
+    """Regression: sets that nobody used kept the memory, and a request for another adapter waited for ever."""
+    with build_engine() as engine:
+        pool = RamolePool(trained.router, trained.folders.__getitem__)
+        first, second = pool.hold(engine, trained.ids[:2]), pool.hold(engine, trained.ids[1:3])
+        engine.store.memory.limit = engine.store.stats().memory_bytes
+        engine.add_adapter("plain", trained.folders[trained.ids[0]])
+        engine.add_request(greedy([3, 4, 5], "plain", 2, id="waits"))
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            engine.step()
+        assert engine.completion("waits") is None
+        pool.release(engine, first)
+        pool.release(engine, second)
+        while (done := engine.completion("waits")) is None:
+            engine.step()
+        assert done[0].error is None
+        assert set(engine.adapters) == {"plain", second}
         engine.check_integrity()
 
 

@@ -19,6 +19,7 @@ from loramux.registry.db import begin
 from loramux.retrieval.errors import ProfileError
 from loramux.retrieval.following import follow
 from loramux.retrieval.profile import Profile, make_profile
+from loramux.retrieval.qdrant import QdrantIndex
 from loramux.retrieval.retriever import Retriever
 from loramux.retrieval.store import ProfileStore
 from loramux.retrieval.tables import profiles
@@ -157,6 +158,26 @@ def test_one_unreadable_profile_does_not_keep_the_others_out(
         follow(retriever, local)
     assert retriever.index.ids() == ["ann/law@1"]
     assert "ann/chess@1 cannot be retrieved" in caplog.text
+
+
+def test_an_index_that_outlives_a_server_forgets_what_was_withdrawn_between_two(
+    local: Registry, tmp_path: Path
+) -> None:
+    qdrant = pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
+    client = qdrant.QdrantClient(":memory:")
+    ProfileStore.beside(local)
+    broken, *_ = (publish(local, tmp_path, topic) for topic in ("chess", "law", "bread"))
+    follow(Retriever(QdrantIndex(client)), local)
+    assert QdrantIndex(client).ids() == ["ann/bread@1", "ann/chess@1", "ann/law@1"]
+    local.delete("ann/bread", "tester")
+    with begin(local.database) as connection:
+        own = profiles.c.version_id == broken.id
+        connection.execute(update(profiles).where(own).values(body=b"junk", sha256="0" * 64))
+    second = QdrantIndex(client)
+    follow(Retriever(second), local)
+    assert second.ids() == ["ann/law@1"]
+    follow(Retriever(second), local, caller="bob")  # sees nothing, which is no reason to empty it
+    assert second.ids() == ["ann/law@1"]
 
 
 FOLLOWS = """

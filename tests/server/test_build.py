@@ -5,12 +5,13 @@ import json
 import zipfile
 from pathlib import Path
 
+import pytest
 from fastapi.testclient import TestClient
 
 from engine.helpers import write_peft
 from loramux.server.app import create_app
 from loramux.server.build import build_services
-from loramux.server.config import load_config
+from loramux.server.config import ServerConfigError, load_config, parse_config
 from loramux.server.receipts import parse, verify
 from loramux.server.signing import PublicKeys
 from pico import build_pico, pico_tokenizer
@@ -91,3 +92,34 @@ def test_a_server_from_a_file_serves_uploads_finds_them_and_signs_what_answered(
             body = http.post("/v1/completions", json=asked).json()
             assert body["choices"][0]["text"] == text
             verify(parse(body), keys)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"registry": {"root": "{file}/reg"}}, "registry: "),
+        ({"registry": {"url": "postgresql://a:secret@127.0.0.1:1/b"}}, "registry: "),
+        ({"tenants": {"enabled": True, "url": "sqlite:///{file}/t.sqlite3"}}, "tenants: "),
+        ({"data": "{file}/data"}, "data: {file}/data"),
+        ({"uploads": {"lora_path_roots": ["{file}"]}}, "uploads.lora_path_roots: {file} is no folder"),
+        ({"retrieval": {"encoder": "none", "qdrant_url": "http://127.0.0.1:1"}}, "retrieval.qdrant_url: "),
+    ],
+)  # fmt: skip
+def test_a_part_that_cannot_be_opened_is_one_error_that_names_its_key(
+    tmp_path, monkeypatch, named, said
+):
+    def connect(*_):  # its client warns in a thread of its own
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr("loramux.retrieval.QdrantIndex.connect", connect)
+    build_pico("llama").save_pretrained(tmp_path / "base")
+    pico_tokenizer().save_pretrained(str(tmp_path / "base"))
+    (tmp_path / "file").write_text("")
+    text = json.dumps(
+        {"base": str(tmp_path / "base"), "registry": {"root": str(tmp_path)}, **named}
+    )
+    config = parse_config(json.loads(text.replace("{file}", str(tmp_path / "file"))))
+    with pytest.raises(ServerConfigError) as caught:
+        build_services(config)
+    assert str(caught.value).startswith(said.replace("{file}", str(tmp_path / "file")))
+    assert "secret" not in str(caught.value)

@@ -67,12 +67,26 @@ def test_without_include_usage_no_chunk_is_without_a_choice():
         ({"max_tokens": 5000}, "invalid_value", "max_tokens"),
         ({"max_tokens": 999}, "context_length_exceeded", "max_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "invalid_value", "max_tokens"),
-        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "invalid_value", "top_logprobs"),
         ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
         ({"stop": ["x"] * 17}, "invalid_value", "stop"),
         ({"stop": [""]}, "invalid_value", "stop"),
         ({"messages": []}, "invalid_value", "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages.0.role"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "invalid_value", "messages.0.role"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "unsupported_parameter",
+            "messages.0.role",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "unsupported_parameter",
+            "messages.0.content",
+        ),
+        ({"skip_special_tokens": False}, "unsupported_parameter", "skip_special_tokens"),
+        ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
+        ({"add_special_tokens": True}, "unsupported_parameter", "add_special_tokens"),
+        ({"continue_final_message": True}, "unsupported_parameter", "continue_final_message"),
         (
             {"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]},
             "unsupported_parameter",
@@ -96,6 +110,8 @@ def test_what_would_change_the_answer_is_refused_by_name(fields, code, param):
         {"messages": [{"role": "developer", "content": [{"type": "text", "text": "x"}]}]},
         {"messages": [{"role": "assistant", "content": "x", "refusal": None, "tool_calls": None}]},
         {"max_completion_tokens": 5, "stop": "x", "seed": 1, "top_k": -1},
+        {"skip_special_tokens": True, "length_penalty": 1.0, "guided_json": None, "bad_words": []},
+        {"add_generation_prompt": True, "add_special_tokens": False, "chat_template_kwargs": {}},
     ],
 )
 def test_what_asks_for_nothing_is_accepted(fields):

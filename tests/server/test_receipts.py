@@ -201,6 +201,23 @@ def test_receipts_of_a_key_that_was_rotated_still_verify(tmp_path: Path) -> None
     assert old.key_id not in (tmp_path / "signing.key").read_text()
 
 
+def test_a_public_key_removed_while_they_are_listed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signer = Signer.open(tmp_path)
+    gone = tmp_path / "public" / f"{'0' * 32}.json"
+    gone.write_text("{}")
+    inner = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path == gone:
+            path.unlink()
+        return inner(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert published(tmp_path).ids == [signer.key_id]
+
+
 def test_a_stranger_s_key_is_not_taken_for_the_server_s(tmp_path: Path, signer: Signer) -> None:
     stranger = Signer.open(tmp_path)
     receipt = sample_receipt(stranger)

@@ -22,7 +22,7 @@ from loramux.registry import Registry
 from loramux.server.app import create_app
 from loramux.server.issuer import Issuer
 from loramux.server.receipts import ReceiptError, parse, token_digest, verify
-from loramux.server.replay import check_registry, replay
+from loramux.server.replay import check_registry, check_reply, replay
 from loramux.server.services import Services
 from loramux.server.signing import Signer
 from server.bases import World, make_world
@@ -145,9 +145,51 @@ def test_a_chat_runs_again_from_its_messages(
     more = ["--replay", "--base", str(world.base), "--prompt"]
     assert main([*given, *more, str(tmp_path / "prompt.json"), "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["is_right"] and [check["is_right"] for check in result["checks"]] == [True] * 5
+    assert result["is_right"] and [check["is_right"] for check in result["checks"]] == [True] * 7
     assert main([*given, *more, str(tmp_path / "other.json")]) == 2
     assert "is not the one that was answered" in capsys.readouterr().err
+
+
+def test_a_reply_that_says_other_than_its_receipt_is_found_out(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    reply = ask(app, "law*0.7+tone*0.3", [PROMPT, [30, 31]], echo=True)
+    receipt, first = parse(json.dumps(reply)), reply["choices"][0]
+    for changed in (
+        {}, {"model": "local/tone@1"}, {"usage": {**reply["usage"], "completion_tokens": 99}},
+        {"choices": [first]}, {"loramux": {**reply["loramux"], "adapters": []}},
+        {"choices": [first, {**first, "finish_reason": "other"}]},
+    ):  # fmt: skip
+        assert check_reply({**reply, **changed}, receipt).is_right is not bool(changed)
+    for text in (first["text"], "other", ""):
+        told = {**reply, "choices": [{**first, "text": text}, reply["choices"][1]]}
+        checks = replay(receipt, [PROMPT, [30, 31]], again, registry, told)
+        wrong = [check.what for check in checks if not check.is_right]
+        assert wrong == ([] if text == first["text"] else ["answer 0, sample 0: text"])
+
+
+def test_a_reply_that_a_stop_text_cut_and_one_without_tokens_are_right(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    for fields in ({"stop": ["e", "a"], "max_tokens": 12}, {"max_tokens": 0, "echo": True}):
+        reply = ask(app, "law", **fields)
+        receipt = parse(json.dumps(reply))
+        assert check_reply(reply, receipt).is_right
+        assert all_right(replay(receipt, [PROMPT], again, registry, reply))
+
+
+def test_without_a_replay_the_command_says_that_it_did_not_look_at_the_text(
+    app: Any, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reply = ask(app, "law")
+    given = ["verify", str(tmp_path / "reply.json"), "--registry", str(home)]
+    for file, told in ((reply, [True, None]), (reply["loramux"]["receipt"], [])):
+        (tmp_path / "reply.json").write_text(json.dumps(file))
+        assert main([*given, "--json", "-"]) == 0
+        checks = json.loads(capsys.readouterr().out)["checks"]
+        assert [c["is_right"] for c in checks if c["what"] in ("reply", "text")] == told
+    (tmp_path / "reply.json").write_text(json.dumps({**reply, "model": "local/tone@1"}))
+    assert main(given) == 2
 
 
 def test_verify_needs_to_know_whose_signature(

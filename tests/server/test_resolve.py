@@ -266,6 +266,26 @@ def test_a_choice_made_while_the_retriever_follows_is_known_to_be_stale():
     assert seen == [before + 1] and names.epoch == before + 2
 
 
+def test_names_are_resolved_while_what_follows_the_registry_fails_and_it_is_tried_again():
+    """Regression: one failure of the index, and no name was resolved until it was well again."""
+    registry, now, tries = StubRegistry(), [0.0], []
+    registry.add("local", "law")
+
+    def follow() -> None:
+        tries.append(1)
+        if len(tries) < 3:
+            raise ConnectionError("the index is away")
+
+    async def main() -> None:
+        names = Names(registry, clock=lambda: now[0], on_change=follow)
+        for _ in range(5):
+            now[0] += 1
+            assert (await names.version("law", LOCAL_USER)).ref == "local/law@1"
+
+    asyncio.run(main())
+    assert len(tries) == 3
+
+
 def test_auto_never_chooses_what_the_caller_may_not_use():
     owners = {"law": "a", "food": "b", "code": "a"}
     registry, retriever = pool(owners)

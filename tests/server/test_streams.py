@@ -6,14 +6,15 @@ import json
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from loramux.server.app import create_app
 from loramux.server.errors import ApiError
 from loramux.server.limits import Gate
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.streams import DONE, HEARTBEAT, EventStream, event
-from loramux.server.stub import StubEngine
-from server.rig import client, config, error_of, stub_services
+from loramux.server.stub import StubEngine, StubRegistry
+from server.rig import LOCAL, client, config, error_of, stub_services
 
 
 class Reader:
@@ -68,16 +69,18 @@ def respond(events: Any, **settings: Any) -> EventStream:
 def test_silence_is_filled_with_comments_that_clients_ignore():
     async def quiet():
         yield event({"a": 1})
-        await asyncio.sleep(0.1)
+        while reader.body.count(HEARTBEAT) < 2:
+            await asyncio.sleep(0.001)
         yield DONE
 
+    reader = Reader()
+
     async def main() -> bytes:
-        reader = Reader()
-        await respond(quiet())({"type": "http"}, reader.receive, reader.send)
+        async with asyncio.timeout(60):
+            await respond(quiet())({"type": "http"}, reader.receive, reader.send)
         return reader.body
 
     body = asyncio.run(main())
-    assert body.count(HEARTBEAT) >= 2
     assert [line for line in body.split(b"\n\n") if line and not line.startswith(b":")] == [
         b'data: {"a":1}',
         b"data: [DONE]",
@@ -86,18 +89,19 @@ def test_silence_is_filled_with_comments_that_clients_ignore():
 
 @pytest.mark.parametrize("way", ["leaves", "stalls"])
 def test_a_reader_that_leaves_or_takes_nothing_ends_the_call_and_gives_everything_back(way):
-    services = stub_services(engine=StubEngine(delay_s=0.05))  # four seconds, if nobody ended it
+    services = stub_services(engine=StubEngine(delay_s=0.05))  # minutes, if nobody ended it
     app = create_app(config(limits={"write_timeout_s": 0.05}), services)
 
     async def main() -> None:
         reader = Reader(stuck_after=3 if way == "stalls" else None)
-        task = asyncio.ensure_future(ask(app, reader, n=10))
+        task = asyncio.ensure_future(ask(app, reader, n=10, max_tokens=900))
         while len(reader.sent) < 3:
+            assert not task.done()
             await asyncio.sleep(0.005)
         assert services.engine.running == services.gate.num_inflight == 1
         if way == "leaves":
             reader.gone.set()
-        await asyncio.wait_for(task, 1)
+        await asyncio.wait_for(task, 60)
         assert services.engine.running == services.gate.num_inflight == 0
 
     asyncio.run(main())
@@ -142,7 +146,7 @@ def test_a_body_that_does_not_arrive_is_refused():
     reader = Reader()
 
     async def main() -> None:
-        await asyncio.wait_for(ask(app, reader, late=True), 1)
+        await asyncio.wait_for(ask(app, reader, late=True), 60)
 
     asyncio.run(main())
     assert reader.sent[0]["status"] == 408
@@ -239,3 +243,22 @@ def test_an_adapter_that_cannot_be_read_is_tried_again_by_the_next_call():
 
     asyncio.run(main())
     assert engine.folders == {"a": "folder"}
+
+
+def test_what_fails_at_the_end_keeps_nothing_else_from_being_closed():
+    """Regression: an engine that could not be shut down left the tenants' ledger unwritten."""
+    closed = []
+
+    class Engine(StubEngine):
+        async def shutdown(self, *, finish: bool = True) -> None:
+            raise RuntimeError("the books do not add up")
+
+    class Part(StubRegistry):
+        def close(self) -> None:
+            closed.append(self)
+
+    services = stub_services(engine=Engine(), registry=Part())
+    served = create_app(config(), services)
+    with pytest.raises(RuntimeError, match="books"), TestClient(served, base_url=LOCAL):
+        pass
+    assert closed == [services.registry]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +65,24 @@ def rig(world: World, tmp_path: Path) -> Iterator[Any]:
 
 def send(served: TestClient, data: bytes, name: str) -> Any:
     return served.post("/v1/adapters", files={"file": ("a.zip", data)}, data={"name": name})
+
+
+def test_what_a_tenant_keeps_is_never_looked_up_on_the_event_loop(rig: Any, world: World) -> None:
+    """Regression: every other request waited for the database, and for uploads of the tenant that held the lock."""
+    inner, where = rig.tenancy.quotas._stored, []
+
+    def stored(tenant: str) -> tuple[int, int]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            where.append("a thread")
+        else:
+            where.append("the event loop")
+        return inner(tenant)
+
+    rig.tenancy.quotas._stored = stored
+    assert send(rig.client("ann"), zipped(world.folder("law")), "law").status_code == 201
+    assert set(where) == {"a thread"}
 
 
 def test_the_quota_of_bytes_is_checked_and_nothing_is_kept(rig: Any, world: World) -> None:

@@ -271,3 +271,25 @@ def test_a_server_without_a_base_takes_no_uploads(world: World) -> None:
     error = error_of(send(served, zipped(world.folder("law"))), 503)
     assert error["code"] == "no_uploads"
     assert base_shape(world.base).digest == world.shape.digest
+
+
+def test_an_upload_that_lacks_something_is_told_what(served: TestClient, world: World) -> None:
+    whole = zipped(world.folder("law"))
+    for data, fields, param, said in (
+        (whole, {"name": ""}, "name", "name is missing"),
+        (whole, {"visibility": "public"}, "visibility", "allowed are 'private' and 'shared'"),
+        (b"", {}, None, "this is neither a zip nor a tar (it is empty)"),
+    ):
+        error = error_of(send(served, data, **fields), 400)
+        assert error["param"] == param and said in error["message"]
+
+
+def test_a_name_without_latest_is_listed_as_what_can_be_asked(
+    served: TestClient, world: World
+) -> None:
+    send(served, zipped(world.folder("law")), alias="stable")
+    (_, card) = served.get("/v1/models").json()["data"]
+    assert card["id"] == "law@1"
+    for asked, status in (("law", 404), (card["id"], 200), ("law@stable", 200)):
+        body = {"model": asked, "prompt": "x", "max_tokens": 1}
+        assert served.post("/v1/completions", json=body).status_code == status

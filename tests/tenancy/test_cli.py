@@ -149,6 +149,34 @@ def test_the_audit_log_is_checked_and_exported(run, tmp_path, server):
     assert "not the one" in run("tenant", "audit", "--known", f"1:{'0' * 64}", code=2)
 
 
+def test_room_for_adapters_is_given_as_people_write_sizes(run):
+    made = run("tenant", "create", "acme", "--max-bytes", "1.5GiB")
+    assert made["limits"]["max_bytes"] == 3 * 2**29
+    for size in ("5", "5kb", "none"):
+        run("tenant", "limit", "acme", "--max-bytes", size)
+    for size in ("measured", "-5GiB", "0GiB", "5XB"):
+        assert "a size such as 10GiB" in run("tenant", "limit", "acme", "--max-bytes", size, code=2)
+    assert run("tenant", "show", "acme")["limits"]["max_bytes"] is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("tenant", "list"), ("tenant", "show", "acme"), ("tenant", "audit"), ("key", "list"),
+        ("key", "create", "acme", "--scope", "infer"), ("key", "revoke", "0123456789abcdef"),
+        ("tenant", "limit", "acme", "--weight", "2"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_a_registry_is_an_error_and_no_registry_is_made_there(
+    words, tmp_path, capsys
+):
+    missing = tmp_path / "mistyped"
+    assert main([*words, "--root", str(missing)]) == 2
+    assert "there is no registry in" in capsys.readouterr().err
+    assert not missing.exists()
+    assert main(["tenant", "create", "acme", "--root", str(missing)]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -201,11 +201,16 @@ def test_a_key_revoked_elsewhere_is_refused_within_a_second_by_a_server_that_is_
             assert (await http.get("/v1/models")).status_code == 200
             thread = threading.Thread(target=revoke)
             thread.start()
-            until = time.monotonic() + 20
-            while (await http.get("/v1/models")).status_code == 200:
-                assert time.monotonic() < until
-            ended = time.monotonic()
+            last = until = time.monotonic() + 60
+            while True:
+                began = (
+                    time.monotonic()
+                )  # what is asked a second later is refused, however long that takes
+                if (await http.get("/v1/models")).status_code != 200:
+                    break
+                last = began
+                assert last < until
             thread.join()
-            return ended - revoked_at[0]
+            return last - revoked_at[0]
 
     assert asyncio.run(ask()) < 1.0

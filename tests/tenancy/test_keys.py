@@ -114,6 +114,33 @@ def test_a_clock_that_jumps_ahead_lets_nobody_in_and_locks_nobody_out_for_good(t
     tenancy.keys.authenticate(brief.secret)
 
 
+def test_a_key_revoked_while_the_clock_is_set_right_stays_revoked(tenancy, second, wall):
+    """Regression: what was made anew for the clock was older than the revocation, and was kept for good."""
+    tenancy.tenants.create("acme", actor="test")
+    brief = tenancy.keys.create("acme", ["infer"], expires_in_s=100, actor="test")
+    wall.now += 3600
+    other = second()
+    refused(other, brief.secret)
+    wall.now -= 3600
+    revoking = threading.Thread(
+        target=other.keys.revoke, args=(brief.key.id,), kwargs={"actor": "x"}
+    )
+    inner = other.cache._entry
+
+    def slowly(key_id):
+        made = inner(key_id)
+        if not revoking.ident:
+            revoking.start()
+            revoking.join(0.3)  # it may have to wait for this one
+        return made
+
+    other.cache._entry = slowly
+    with contextlib.suppress(AuthError):
+        other.keys.authenticate(brief.secret)
+    revoking.join()
+    refused(other, brief.secret)
+
+
 @both
 def test_both_keys_are_valid_while_a_rotation_overlaps(tenancy, key, wall):
     wall.now += 1

@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     start = time.process_time()
     pool = make_pool(options.adapters)
-    _say(
+    say(
         what="pool",
         adapters=options.adapters,
         cpu_s=round(time.process_time() - start, 1),
@@ -195,12 +195,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     queries = make_queries(pool, options.queries)
     retrieve = pool.retriever.retrieve
     retrieve(queries[0], 10, allowed=EVERYTHING)  # builds the postings
-    _say(what="all allowed", **cpu_ms(lambda q: retrieve(q, 10, allowed=EVERYTHING), queries))
+    say(what="all allowed", **cpu_ms(lambda q: retrieve(q, 10, allowed=EVERYTHING), queries))
     draw = random.Random(0)
     wheres = {id(q): Where.visible_to(draw.choice(pool.entries).owner, "one") for q in queries}
-    _say(what="one tenant", **cpu_ms(lambda q: retrieve(q, 10, allowed=wheres[id(q)]), queries))
+    say(what="one tenant", **cpu_ms(lambda q: retrieve(q, 10, allowed=wheres[id(q)]), queries))
     share, worst = recall(pool, queries[: options.checked])
-    _say(
+    say(
         what="recall under a tenant's filter",
         queries=options.checked,
         recall=share,
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if options.calls:
         found = leaks(500, options.calls)
-        _say(what="outside the allowed", calls=options.calls, found=found)
+        say(what="outside the allowed", calls=options.calls, found=found)
         return int(found > 0)
     return 0
 
@@ -219,7 +219,8 @@ def _size(pool: Pool) -> dict[str, Any]:
     return {"buckets_per_adapter": round(float(np.mean(sizes))), "tenants": owners}
 
 
-def _say(**row: Any) -> None:
+def say(**row: Any) -> None:
+    """One row of the report, as JSON."""
     sys.stdout.write(json.dumps(row) + "\n")
     sys.stdout.flush()
 

@@ -133,7 +133,7 @@ def rotate_signing(
     folder, root, url = _signing(config, root, url)
     with only_json(json):
         made = Signer.rotate(folder)
-        with tenancy(root, url) as books:
+        with tenancy(root, url, make=True) as books:
             books.audit.append(actor, "signing_key.rotate", made.key_id)
     found = {"key": made.key_id, "keys": made.public.ids, "folder": str(folder)}
     emit(found, json, _show_signing)

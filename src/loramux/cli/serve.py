@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +17,6 @@ from loramux.errors import LoramuxError, require
 
 if TYPE_CHECKING:
     from loramux.server.config import ServerConfig
-
-GRACE_S = 30  # what runs may end, before a stop becomes an abort
 
 
 def serve(
@@ -47,21 +47,22 @@ def serve(
 
 
 def _run(config: ServerConfig) -> None:
-    import uvicorn
-
     from loramux.server.app import create_app
     from loramux.server.build import build_services
-    from loramux.server.listening import uvicorn_config
+    from loramux.server.listening import server_of, uvicorn_config
 
+    log_with_times()
     # Before the base is read, which takes longest: a port that is taken is told at once.
     with _bound(config.host, config.port) as listener:
-        app = create_app(config, build_services(config))
+        services = build_services(config)
+        app = create_app(config, services)
         for line in notice(config, listener.getsockname()[1]):
             print(line, flush=True)
-        settings = uvicorn_config(
-            app, config.limits, log_level="warning", timeout_graceful_shutdown=GRACE_S
+        server = server_of(
+            uvicorn_config(app, config.limits, log_level="warning"),
+            lambda: services.engine.shutdown(finish=False),
+            config.limits.grace_s,
         )
-        server = uvicorn.Server(settings)
         # What is there now stays: a full collection would walk through all of it, a pause of a tenth of a second.
         gc.collect()
         gc.freeze()
@@ -69,6 +70,12 @@ def _run(config: ServerConfig) -> None:
             server.run(sockets=[listener])
     if not server.started:
         raise typer.Exit(1)
+
+
+def log_with_times() -> None:
+    """Lines of a process that runs for weeks say when, and how bad; those of other commands need not."""
+    words = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=words, stream=sys.stderr, force=True)
 
 
 def _bound(host: str, port: int) -> socket.socket:

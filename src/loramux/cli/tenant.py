@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loramux.cli.output import JsonOption, emit, only_json, table
-from loramux.errors import LoramuxError
+from loramux.errors import LoramuxError, RecipeError
 
 if TYPE_CHECKING:
     from loramux.tenancy import Tenancy
@@ -36,6 +36,10 @@ WeightOption = Annotated[
     float | None, typer.Option("--weight", help="Share of service; 2 is twice as much as 1.")
 ]
 Limit = Annotated[str | None, typer.Option(metavar="N", help="A number, or none for no limit.")]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="N", help="Bytes or a size such as 10GiB, or none for no limit."),
+]
 NO_LIMIT = "none"
 OPERATOR = "operator"
 
@@ -49,11 +53,17 @@ def about() -> None:
 
 
 @contextlib.contextmanager
-def tenancy(root: Path | None, url: str | None) -> Iterator[Tenancy]:
-    """The tenancy of a registry, made if it is not there."""
+def tenancy(root: Path | None, url: str | None, *, make: bool = False) -> Iterator[Tenancy]:
+    """The tenancy of a registry. Only `tenant create` makes one: a mistyped folder is no server without tenants."""
     from loramux.registry import Registry
+    from loramux.registry.store import DATABASE, default_root
     from loramux.tenancy import Tenancy
 
+    folder = root or default_root()
+    if not make and url is None and not (folder / DATABASE).exists():
+        raise LoramuxError(
+            f"there is no registry in {folder}; name another with --root, or make one with `loramux tenant create`"
+        )
     registry = Registry.open(root, url=url)
     try:
         yield Tenancy.open(registry.database)
@@ -67,7 +77,7 @@ def create(
     weight: WeightOption = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
-    max_bytes: Limit = None,
+    max_bytes: Size = None,
     max_adapters: Limit = None,
     max_concurrency: Limit = None,
     root: RootOption = None,
@@ -84,7 +94,7 @@ def create(
     given = _limits(
         requests_per_minute, tokens_per_minute, max_bytes, max_adapters, max_concurrency
     )
-    with only_json(json), tenancy(root, url) as books:
+    with only_json(json), tenancy(root, url, make=True) as books:
         limits = Limits.from_dict(given)
         made = books.tenants.create(
             name, weight=1.0 if weight is None else weight, limits=limits, actor=actor
@@ -132,7 +142,7 @@ def limit(
     weight: WeightOption = None,
     requests_per_minute: Limit = None,
     tokens_per_minute: Limit = None,
-    max_bytes: Limit = None,
+    max_bytes: Size = None,
     max_adapters: Limit = None,
     max_concurrency: Limit = None,
     root: RootOption = None,
@@ -259,13 +269,26 @@ def _limits(*given: str | None) -> dict[str, int | None]:
 
     found: dict[str, int | None] = {}
     for item, text in zip(fields(Limits), given, strict=True):
-        if text is None:
-            continue
-        if text != NO_LIMIT and not text.isdigit():
-            option = f"--{item.name.replace('_', '-')}"
-            raise LoramuxError(f"{option} must be a whole number or {NO_LIMIT}, got {text!r}")
-        found[item.name] = None if text == NO_LIMIT else int(text)
+        if text is not None:
+            found[item.name] = None if text == NO_LIMIT else _number(item.name, text)
     return found
+
+
+def _number(name: str, text: str) -> int:
+    from loramux.recipe.sizes import parse_bytes
+
+    value = int(text) if text.isascii() and text.isdigit() else None
+    is_size = name == "max_bytes"
+    if value is None and is_size:
+        with contextlib.suppress(RecipeError):
+            value = parse_bytes(text)
+    if value is None:
+        option, also = (
+            f"--{name.replace('_', '-')}",
+            " (or a size such as 10GiB)" if is_size else "",
+        )
+        raise LoramuxError(f"{option} must be a whole number or {NO_LIMIT}{also}, got {text!r}")
+    return value
 
 
 def when(seconds: float | None) -> str:

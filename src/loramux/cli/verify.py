@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,7 +48,7 @@ def verify(
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Check the signature of a receipt; with --registry what it names; with --replay the tokens.
+    """Check the signature of a receipt; with --registry what it names; with --replay tokens and text.
 
     Exit code 0 if everything that was looked at is right, else 2.
 
@@ -73,19 +73,27 @@ def run(
     """All checks that were asked for."""
     from loramux.server.receipts import parse
     from loramux.server.receipts import verify as verify_signature
-    from loramux.server.replay import Check, check_registry
+    from loramux.server.replay import Check, check_registry, check_reply
 
     if wants_replay and (base is None or prompt is None or root is None):
         raise LoramuxError("--replay needs --base, --prompt and --registry")
-    receipt = parse(_read(given))
+    text = _read(given)
+    receipt = parse(text)
+    reply = reply_of(text)
     keys = _keys(server_key, root)
     verify_signature(receipt, keys)
     checks = [Check("signature", True, keys.describe(str(receipt.body["key"])))]
+    if reply is not None:
+        checks.append(check_reply(reply, receipt))
     if root is not None:
         checks += _with_registry(root, lambda registry: check_registry(receipt, registry))
     if wants_replay:
         assert base is not None and prompt is not None and root is not None
-        checks += _replay(receipt, root, base, prompt)
+        checks += _replay(receipt, root, base, prompt, reply)
+    elif reply is not None:
+        checks.append(
+            Check("text", None, "not looked at: a receipt has hashes of tokens; --replay draws them again")
+        )  # fmt: skip
     return {
         "id": receipt.id,
         "is_right": all(check.is_right is not False for check in checks),
@@ -100,14 +108,34 @@ def show(result: dict[str, Any]) -> None:
     table(f"receipt {result['id']}", ["checked", "right", "detail"], rows)
 
 
-def _replay(receipt: Any, root: Path, base: str, prompt: Path) -> list[Any]:
+def reply_of(text: str) -> Mapping[str, Any] | None:
+    """The whole reply, where the file is one: not a receipt by itself and not a chunk of a stream."""
+    try:
+        value = json_.loads(text)
+    except ValueError:  # the header's value
+        return None
+    is_reply = isinstance(value, Mapping) and "signature" not in value
+    if not is_reply or not isinstance(value.get("usage"), Mapping):
+        return None
+    choices = value.get("choices")
+    if not isinstance(choices, list) or not all(isinstance(each, Mapping) for each in choices):
+        return None
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _replay(
+    receipt: Any, root: Path, base: str, prompt: Path, reply: Mapping[str, Any] | None
+) -> list[Any]:
     from loramux.engine.engine import Engine
     from loramux.server.replay import replay
 
     text = _text(str(prompt))
     with Engine(base) as engine:
         prompts = encode_prompts(engine.tokenizer, text)
-        return _with_registry(root, lambda registry: replay(receipt, prompts, engine, registry))
+        return _with_registry(
+            root, lambda registry: replay(receipt, prompts, engine, registry, reply)
+        )
 
 
 def encode_prompts(tokenizer: Any, text: str) -> list[list[int]]:

@@ -214,11 +214,7 @@ class AsyncEngine:
 
     def _why_closed(self, message: str) -> Exception:
         """A new exception for each who asks: tracebacks of several tasks do not mix."""
-        if self._cause is None:
-            return EngineClosedError(message)
-        failure = EngineFailedError(f"a step of the engine failed: {self._cause!r}")
-        failure.__cause__ = self._cause
-        return failure
+        return EngineClosedError(message) if self._cause is None else _failure(self._cause)
 
     # --- Called by the thread -------------------------------------------------------------------
 
@@ -281,25 +277,31 @@ class AsyncEngine:
 
     def _deliver(self, deltas: list[Delta]) -> None:
         mail: _Mail = []
-        for delta in deltas:
-            consumer = self._consumers.get(delta.request_id)
-            if consumer is None:
-                continue
-            mail.append((consumer, delta))
-            if delta.finish_reason is not None:
-                consumer.open.discard(delta.index)
-                if not consumer.open:
-                    del self._consumers[delta.request_id]
-                    consumer.completions = self._engine.completion(delta.request_id) or []
-                    mail.append((consumer, None))
-        _send(mail)
+        try:
+            for delta in deltas:
+                consumer = self._consumers.get(delta.request_id)
+                if consumer is None:
+                    continue
+                mail.append((consumer, delta))
+                if delta.finish_reason is not None:
+                    consumer.open.discard(delta.index)
+                    if not consumer.open:
+                        consumer.completions = self._engine.completion(delta.request_id) or []
+                        del self._consumers[delta.request_id]
+                        mail.append((consumer, None))
+        finally:
+            _send(mail)
 
     def _end_request(self, request_id: str) -> None:
         consumer = self._consumers.pop(request_id, None)
         if consumer is None:
             return
-        self._engine.abort(request_id)
-        consumer.completions = self._engine.completion(request_id) or []
+        try:
+            self._engine.abort(request_id)
+            consumer.completions = self._engine.completion(request_id) or []
+        except BaseException as error:
+            _send([(consumer, _failure(error))])
+            raise
         ends: _Mail = [
             (consumer, Delta(request_id=request_id, index=index, text="", token_ids=(), finish_reason="abort"))
             for index in sorted(consumer.open)
@@ -312,21 +314,25 @@ class AsyncEngine:
         consumers, self._consumers = self._consumers, {}
         for request_id, consumer in consumers.items():
             consumer.open = set()
-            _send(
-                [
-                    (
-                        consumer,
-                        self._why_closed("the engine was shut down before the answer was done"),
-                    )
-                ]
-            )
-            if self._cause is None:
-                self._engine.abort(request_id)
-                self._engine.completion(request_id)
+            if self._cause is None:  # what was said until now is known to who waits
+                try:
+                    self._engine.abort(request_id)
+                    consumer.completions = self._engine.completion(request_id) or []
+                except Exception as error:  # the others must hear of their end as well
+                    log.exception("a request could not be ended")
+                    self._cause = error
+            why = self._why_closed("the engine was shut down before the answer was done")
+            _send([(consumer, why)])
         while self._orders:
             future, _ = self._orders.popleft()
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._why_closed("the engine was shut down"))
+
+
+def _failure(cause: BaseException) -> EngineFailedError:
+    failure = EngineFailedError(f"a step of the engine failed: {cause!r}")
+    failure.__cause__ = cause
+    return failure
 
 
 def _send(mail: _Mail) -> None:

@@ -66,8 +66,9 @@ class Intake:
         """Let in what was read, start reading the next. `now()` must differ when there may be more room than before."""
         if not self.jobs or now() == self._tried:
             return
+        before = now()  # a ticket may be forgotten while room is looked for
         if self._is_arrived and not self._let_in(tickets):
-            self._tried = now()
+            self._tried = before
             return
         if self._running is None:
             self._reckon(tickets)
@@ -120,6 +121,7 @@ class Intake:
             self.num_loads += 1
             self.num_failed += job.error is not None
             self.last_load_s = job.seconds
+        if is_done or job.order == LAST:  # a prefetch in somebody's way is not read again and again
             self._forget(job)
         return True
 

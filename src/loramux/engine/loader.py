@@ -17,6 +17,7 @@ from loramux.engine.sources import Identity, identity_of, settle, weight_bytes
 
 IDLE_S = 5.0
 ATTEMPTS = 5
+CLOSED = "the adapter store was closed before it was read"
 HEADERS = 2**24  # bytes of a folder's tensor files that need not be tensors
 
 Read = Callable[[Path], Content]
@@ -27,7 +28,8 @@ class Job:
     """One folder to read. `order`: the number of the oldest request that waits for it; `is_void`: nobody does any more,
     the name it was wanted under stands for something else.
 
-    Filled by the loader: `content` and the identity it was read under, or `error`.
+    Filled by the loader: `content` and the identity it was read under, or `error` and what the folder was then
+    (`wrong_at`; None where it did not hold still).
     """
 
     folder: Path
@@ -37,7 +39,13 @@ class Job:
     content: Content | None = None
     identity: Identity = ()
     error: str | None = None
+    wrong_at: Identity | None = None
     seconds: float = 0.0
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the folder has changed since it was found to be wrong."""
+        return self.wrong_at is not None and identity_of(self.folder) != self.wrong_at
 
 
 class Loader:
@@ -54,14 +62,20 @@ class Loader:
         with self._wake:
             assert self._next is None, "one job at a time"
             if self._is_closed:
-                self._refuse(job)
+                self._refuse(job, CLOSED)
                 return
             self._next = job
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._run, name="loramux-adapter-loader", daemon=True
                 )
-                self._thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system has no thread left
+                    self._next = None
+                    self._refuse(job, f"no thread could be started to read it: {error}")
+                    return
+                self._thread = thread
             self._wake.notify_all()
 
     def close(self) -> None:
@@ -75,7 +89,12 @@ class Loader:
 
     def _run(self) -> None:
         while (job := self._take()) is not None:
-            run_job(job, self._read, self._limit)
+            try:
+                run_job(job, self._read, self._limit)
+            except (
+                BaseException
+            ) as error:  # such as a panic of a native reader: without this thread nobody is served
+                job.error = Reason(f"reading it failed: {error!r:.200}", "")
             self._done(job)
             del job  # an idle thread must not keep the last content alive
 
@@ -88,11 +107,11 @@ class Loader:
                 return job
             self._thread = None
         if job is not None:
-            self._refuse(job)
+            self._refuse(job, CLOSED)
         return None
 
-    def _refuse(self, job: Job) -> None:
-        job.error = "the adapter store was closed before it was read"
+    def _refuse(self, job: Job, error: str) -> None:
+        job.error = error
         self._done(job)
 
 
@@ -101,7 +120,7 @@ def run_job(job: Job, read: Read, limit_bytes: int) -> None:
     begin = time.perf_counter()
     try:
         for _ in range(ATTEMPTS):
-            before = identity_of(job.folder)
+            job.wrong_at = before = identity_of(job.folder)
             settle(before)
             size = weight_bytes(before)
             if size > 2 * limit_bytes + HEADERS:  # fp64 rows may become fp32
@@ -118,6 +137,7 @@ def run_job(job: Job, read: Read, limit_bytes: int) -> None:
             if identity_of(job.folder) == before:
                 job.content, job.identity = content, before
                 return
+        job.wrong_at = None
         raise ValueError(
             f"{job.folder} changed each of {ATTEMPTS} times it was read; write adapters beside and rename them"
         )

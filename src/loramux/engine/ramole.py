@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from loramux.core.adapter import Adapter
 from loramux.core.values import check_whole
+from loramux.engine.tiers import Room
 from loramux.persist.ramole import Folder, TrainedRouter, assemble, pool_name, read_router
 
 DEFAULT_SETS = 32
@@ -40,7 +42,8 @@ class RamolePool:
     """Names of assembled sets in one engine. `hold` and `release` belong on the engine's thread (`AsyncEngine.call`).
 
     folder_of: the local folder of an adapter's id; what an id stands for must never change. At most `limit` sets stay,
-    more only while all of them are held: of the others the longest unused goes first.
+    more only while all of them are held: of the others the longest unused goes first, also where
+    another request finds no room in memory. One pool per engine.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class RamolePool:
             adapter = adapter or self.prepare(engine, ids)
             self._shrink(engine, self.limit - 1)
             self._add(engine, name, adapter)
+        engine.store.tiers.make_room = partial(self._make_room, engine)
         self._held[name] = self._held.get(name, 0) + 1
         self._held.move_to_end(name)
         return name
@@ -81,6 +85,7 @@ class RamolePool:
         """One holder less. The set stays for the next one, while there is room."""
         self._held[name] -= 1
         self._shrink(engine, self.limit)
+        engine.store.poll()  # somebody may wait for the room of an idle set
 
     def prepare(self, engine: Any, ids: Iterable[str]) -> Adapter:
         """Read and check a set; any thread may call it."""
@@ -97,6 +102,12 @@ class RamolePool:
             if not self._shrink(engine, 0):
                 raise
             engine.add_adapter(name, adapter)
+
+    def _make_room(self, engine: Any) -> Room:
+        """The longest unused idle set goes for a request that finds no room beside the sets in memory."""
+        if self._shrink(engine, len(self._held) - 1):
+            return "made"
+        return "later" if self._held else "never"
 
     def _shrink(self, engine: Any, most: int) -> int:
         """Forget idle sets until at most so many are left; returns how many went."""

@@ -30,7 +30,7 @@ from loramux.engine.yielding import pause_answers
 from loramux.errors import LoramuxError
 
 CanAdmit = Callable[[Sequence], Admission]
-Outcome = Literal["admitted", "skipped", "refused", "no room"]
+Outcome = Literal["admitted", "wait", "crowded", "refused", "no room"]
 
 
 class UnservableError(LoramuxError):
@@ -94,6 +94,7 @@ class Scheduler:
         self._was_alone = False
         self._num_preemptions = 0
         self._num_admissions = 0
+        self._reach = 1  # how far idle steps look, in max_probes: ever further, and anew
 
     # -- what comes and goes ------------------------------------------------------------------------------------------
 
@@ -281,13 +282,8 @@ class Scheduler:
 
         Otherwise a tenant with many long prompts under way would leave newcomers no room in the step.
         """
-        under_way = [
-            sequence
-            for sequence in self._running
-            if sequence.num_tokens - sequence.num_computed > 1
-        ]
-        under_way.sort(key=self._dispensability)
-        for sequence in under_way:
+        under_way = [s for s in self._running if s.num_tokens - s.num_computed > 1]
+        for sequence in sorted(under_way, key=self._dispensability):
             if draft.room():
                 self._admit_waiting(draft, before=sequence)
             draft.add_piece(sequence)
@@ -304,6 +300,9 @@ class Scheduler:
         their lease already, and requests to the base, go on.
         """
         probes = self.limits.max_probes
+        if not self._running:  # what those in front wait for may be held by one far behind
+            probes *= self._reach
+            self._reach = 2 * self._reach if probes < len(self._waiting) else 1
         held: set[str] = set()  # requests whose other samples need not be asked about either
         is_draining = False
         most = math.inf if before is None else self.shares[before.tenant].standing
@@ -320,8 +319,9 @@ class Scheduler:
             outcome = self._admit(sequence, draft, may_be_alone=before is None)
             if outcome == "no room":
                 return
-            if outcome == "skipped":
+            if outcome in ("wait", "crowded"):
                 held.add(sequence.request_id)
+            if outcome == "crowded":  # not "wait": that can be for one that draining would keep out
                 is_draining = is_draining or self._is_crowded_out(sequence)
 
     def _admit(self, sequence: Sequence, draft: Draft, may_be_alone: bool) -> Outcome:
@@ -329,7 +329,7 @@ class Scheduler:
         running = [sample for sample in samples if sample.state == "running"]
         source = next((sample for sample in running if _has_prompt(sample)), None)
         if running and source is None:
-            return "skipped"  # soon their prompt is there to be shared
+            return "wait"  # soon their prompt is there to be shared
         admission = self._can_admit(sequence)
         record = self._records[sequence]
         if admission.kind == "refused":
@@ -338,7 +338,7 @@ class Scheduler:
         if admission.kind == "crowded" and record.crowded_at is None:
             record.crowded_at = self._num_admissions
         if admission.kind != "ready":
-            return "skipped"
+            return admission.kind
         record.crowded_at = None
         is_whole = not sequence.is_chunkable and sequence.routes is None
         # What exceeds a step runs alone, which prompts under way must not wait for.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -143,7 +144,16 @@ class SlotTier:
         if plan is None and free_to_move:
             moving = [own[digest] for digest in own if digest in free_to_move]
             plan = self._windows([*missing, *moving], seated - free_to_move)
-        return plan
+        return self._afresh(own) if plan is None and not self.num_pinned else plan
+
+    def _afresh(self, own: Mapping[str, Slottable]) -> dict[str, range] | None:
+        """Side by side from the first slot on: the places used longest ago may leave no run that is wide enough."""
+        ends = list(accumulate(content.num_slots for content in own.values()))
+        if ends[-1] > self.max_slots or sum(c.slot_bytes for c in own.values()) > self.max_bytes:
+            return None
+        return {
+            d: range(end - c.num_slots, end) for (d, c), end in zip(own.items(), ends, strict=True)
+        }
 
     def _windows(self, missing: Sequence[Slottable], staying: set[str]) -> dict[str, range] | None:
         """A run of slots for each, the widest first; of all runs without a pin, the one whose newest use is oldest."""

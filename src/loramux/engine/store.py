@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -135,13 +135,13 @@ class AdapterStore:
         """Start reading what is not in memory, or has changed on disk. Raises ValueError for names nobody gave."""
         with self._lock:
             entries = [self._names[name] for name, _ in mix]
+            self._pump()  # what is wrong with an older version of a folder is not this request's
             self._order += 1
             self._changes += 1
             ticket = Ticket(mix, self._order, self._state, self._is_crowded)
             self._tickets.add(ticket)
             for entry in entries:
-                if entry.job is None:
-                    entry.look()
+                self._notice(entry)
                 self._ensure(entry, ticket)
             self._pump()
             return ticket
@@ -151,8 +151,7 @@ class AdapterStore:
         with self._lock:
             self._changes += 1
             for entry in [self._names[name] for name in names]:
-                if entry.job is None:
-                    entry.look()
+                self._notice(entry)
                 self._ensure(entry, None)
             self._pump()
 
@@ -172,7 +171,7 @@ class AdapterStore:
             try:
                 slots = self.tiers.acquire(contents)
             except ValueError as error:
-                ticket.error = f"{_listed(ticket)}: {error}"
+                ticket.error, ticket.seen = f"{_listed(ticket)}: {error}", None
                 self._drop(ticket)
                 if ticket is wanted:
                     return None  # its state says why
@@ -212,8 +211,9 @@ class AdapterStore:
             self._pump()
 
     def poll(self) -> None:
-        """Take what has been read into memory. `want`, `lease` and a ticket's `state` do it too."""
+        """Take what has been read into memory, looking for room anew. Calls about requests do it too, at a change."""
         with self._lock:
+            self._changes += 1
             self._pump()
 
     def wait(self, timeout_s: float) -> bool:
@@ -298,7 +298,7 @@ class AdapterStore:
             elif self._intake.at_door(entry.job):
                 assert entry.job is not None and entry.job.content is not None
                 contents[entry.job.content.digest] = entry.job.content
-        never = self.tiers.why_never(contents.values())
+        never = self._why_never(contents.values())
         return None if never is None else f"{_listed(ticket)}: {never}"
 
     def _is_crowded(self, ticket: Ticket) -> bool:
@@ -310,6 +310,9 @@ class AdapterStore:
                 other.order >= ticket.order for other in self._tickets
             )
 
+    def _why_never(self, contents: Collection[Content]) -> str | None:
+        return self.tiers.why_never_beside(contents, lambda: self._names.given)
+
     def _is_ready(self, entry: Entry) -> bool:
         return not entry.is_stale and entry.digest in self.tiers
 
@@ -319,10 +322,16 @@ class AdapterStore:
         return self.tiers[digest]
 
     def _drop(self, ticket: Ticket) -> None:
-        self._tickets.discard(ticket)
-        self._changes += 1
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self._changes += 1
 
     # --- From disk into memory --------------------------------------------------------------------
+
+    def _notice(self, entry: Entry) -> None:
+        """See whether the folder has changed, unless that is known and it is to be read anew."""
+        if entry.job is None or not entry.is_stale:  # another name may bring what it held
+            entry.look()
 
     def _ensure(self, entry: Entry, ticket: Ticket | None) -> None:
         if not self._is_ready(entry):
@@ -337,11 +346,17 @@ class AdapterStore:
     def _admit(self, job: Job, entry: Entry) -> bool:
         """Take what was read into memory; False while there is no room for it."""
         if job.content is None:
+            job.is_void = job.is_outdated  # repaired meanwhile: read it again
             return True
-        never = self.tiers.why_never([job.content])
+        never = self._why_never([job.content])
         if never is not None:
             job.error = f"it can never be used: {never}"
             return True
+        if not entry.is_stale and entry.identity != job.identity:
+            entry.is_stale = (
+                True  # what it held may be here by another name, and must not be kept for it
+            )
+            self._changes += 1
         if not self._keep(job.content, job.order):
             return False
         self._sweep(self._names.was_read(entry, job.content.digest, job.identity))
@@ -350,8 +365,9 @@ class AdapterStore:
 
     def _keep(self, content: Content, order: int) -> bool:
         """Have a content in memory, evicting what a request of this age may; whether it is there now."""
-        self._changes += 1
-        return self.tiers.keep(content, self._protected(order))
+        is_kept = self.tiers.keep(content, self._protected(order))
+        self._changes += is_kept
+        return is_kept
 
     def _protected(self, order: int) -> set[str]:
         """Contents that do not make room for a request of this age: given from memory, or wanted by one not younger."""

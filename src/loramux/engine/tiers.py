@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Literal
 
 from loramux.engine.content import Content
 from loramux.engine.memory import MemoryTier
 from loramux.engine.slots import SlotTier
 from loramux.ops.pool import SlotTable
 
+Room = Literal["made", "later", "never"]
+
 
 class Tiers:
-    """Contents by digest. Not thread-safe."""
+    """Contents by digest. Not thread-safe.
+
+    make_room: asked where contents given from memory leave no room for others; says whether a name was taken back.
+    """
 
     def __init__(self, memory_bytes: int, slot_bytes: int, max_slots: int, table: SlotTable):
         self.memory = MemoryTier(memory_bytes)
         self.slots = SlotTier(table, max_slots, slot_bytes)
+        self.make_room: Callable[[], Room] = lambda: "never"
 
     def __contains__(self, digest: str | None) -> bool:
         return digest in self.memory.residents
@@ -33,6 +40,25 @@ class Tiers:
                 "adapter_memory"
             )
         return self.slots.why_never(own.values())
+
+    def why_never_beside(
+        self, contents: Collection[Content], given: Callable[[], Iterable[str]]
+    ) -> str | None:
+        """As `why_never`, where contents given from memory stay; `make_room` is asked where these are in the way."""
+        never = self.why_never(contents)
+        own = {content.digest: content.nbytes for content in contents}
+        nbytes = sum(own.values())
+        while never is None:
+            held = sum(self[digest].nbytes for digest in given() if digest not in own)
+            if nbytes + held <= self.memory.limit or (room := self.make_room()) == "later":
+                return None
+            if room == "never":
+                never = (
+                    f"it takes {nbytes:,} bytes; of the {self.memory.limit:,} for adapters in memory {held:,} are held "
+                    "by adapters given from memory for as long as they have their names; raise adapter_memory or "
+                    "remove some of those"
+                )
+        return never
 
     def keep(self, content: Content, protected: Collection[str]) -> bool:
         """Have a content in memory, for which all but the pinned and the protected may go; whether it is there now."""

@@ -78,7 +78,7 @@ def override(raw: Mapping[str, Any], text: str) -> dict[str, Any]:
     path, equals, value_text = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {text!r}: must look like training.learning_rate=1e-4")
+        raise RecipeError(f"--set {text!r}: must look like KEY=VALUE, such as section.key=3")
     try:
         value = _yaml(value_text)
     except yaml.YAMLError:

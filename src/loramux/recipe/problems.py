@@ -40,7 +40,7 @@ def _line(model: type[BaseModel] | None, entry: Any, where: str) -> str:
     if entry["type"] == "extra_forbidden" and model is not None:
         allowed = _fields_at(model, keys[:-1])
         return f"{path}: unknown key; {suggest(str(keys[-1]), allowed)}"
-    message = entry["msg"].removeprefix("Value error, ")
+    message = entry["msg"].removeprefix("Value error, ").replace("valid tuple", "valid list")
     if not keys:
         return join(where, message) if where == "" else f"{where}: {message}"
     if entry["type"] == "missing":

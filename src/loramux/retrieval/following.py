@@ -72,12 +72,18 @@ class Follower:
             # New ones first: while a new version takes over, one of the two can be found.
             for start in range(0, len(changed), _MANY):
                 self._add(connection, changed[start : start + _MANY])
-            gone = [ref for ref in self._known if ref not in wanted]
+            gone = [ref for ref in self._there() if ref not in wanted]
             self.retriever.delete_all(gone)
             for ref in gone:
-                del self._known[ref]
+                self._known.pop(ref, None)
             self.generation = now
             return True
+
+    def _there(self) -> list[str]:
+        """What may have to go. An index that outlives this process (Qdrant) holds what was withdrawn meanwhile."""
+        if self.generation == -1 and self.caller is None:  # one caller does not see everything
+            return self.retriever.index.ids()
+        return list(self._known)
 
     @property
     def _encoder_id(self) -> str | None:
@@ -88,7 +94,7 @@ class Follower:
         bodies = dict(read_bodies(connection, [(f.version_id, f.encoder_id) for f in facts]))
         entries = {f.ref: self._entry(f, bodies.get((f.version_id, f.encoder_id))) for f in facts}
         self.retriever.upsert_all([e for e in entries.values() if e is not None], refresh=False)
-        refused = [ref for ref, entry in entries.items() if entry is None and ref in self._known]
+        refused = [ref for ref, entry in entries.items() if entry is None]
         self.retriever.index.delete(refused)
         self._known.update((fact.ref, fact) for fact in facts)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,11 +36,15 @@ class Entry:
         return marks_of(self.owner, self.tags)
 
 
+Moments: TypeAlias = tuple[float, float]
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """Candidates with both scores, in no particular order. dense: None without one, NaN where an adapter has none.
 
-    ids and owners may belong to a larger pool: candidate i is `ids[places[i]]`.
+    ids and owners may belong to a larger pool: candidate i is `ids[places[i]]`. moments: mean and deviation
+    of both scores over all candidates, where these are only the best of at least `rank.MIN_FOR_Z`.
     """
 
     ids: Sequence[str]
@@ -48,6 +52,7 @@ class Scored:
     places: NDArray[np.int64]
     lexical: Floats
     dense: Floats | None
+    moments: tuple[Moments, Moments] | None = None
 
     def __len__(self) -> int:
         return len(self.places)

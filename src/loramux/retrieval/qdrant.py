@@ -3,16 +3,17 @@
 Why a collection is only a cache: the registry's database stays the truth, and `Follower` fills an empty collection
 again. Points carry finished unit vectors (TF-IDF and centred) and, for the next refresh, the profile they came from.
 
-What differs from the exact index: standardisation runs over a shortlist of the best by words and the best by meaning,
-not over all candidates. Where the candidates fit into the shortlist both give the same scores.
+What differs from the exact index: only the best come back, and of more than `whole` candidates the scores of the best
+and of a sample of the others say what they are standardised with. Lexical and dense scores are the same.
 """
 
 from __future__ import annotations
 
-import base64
-import uuid
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -22,19 +23,38 @@ from loramux.retrieval.background import Background, Query, Tally
 from loramux.retrieval.errors import RetrievalError
 from loramux.retrieval.index import Entry, Scored, check_entry
 from loramux.retrieval.profile import Profile
-from loramux.retrieval.text import Floats, Sparse, unit
+from loramux.retrieval.qdrant_collection import PAGE, Collection
+from loramux.retrieval.qdrant_parts import (
+    both,
+    filter_of,
+    nearness_of,
+    pages,
+    path_of,
+    payload_of,
+    point_id,
+    profile_of,
+    sparse_of,
+    these,
+    vectors_of,
+)
+from loramux.retrieval.qdrant_scores import Both, Scores, best_of, columns, in_both, moments_over
+from loramux.retrieval.text import Floats
 from loramux.retrieval.turns import in_turn
-from loramux.retrieval.where import EVERYTHING, Mark, Where
+from loramux.retrieval.where import EVERYTHING, Where
 
 SHORTLIST = 256
-PAGE = 256
-_NAMES = uuid.UUID(
-    "6f3a5a55-9f0b-5a0e-8d0e-1f1c7a1f2b60"
-)  # any fixed one: ids become UUIDs under it
+WHOLE = 4096
+SAMPLE = 1024  # beside the WHOLE best of either half, which are known
+TIMEOUT = 60  # seconds; the client's own 5 are too few for a write that waits
 
 
 class QdrantIndex:
-    """One collection for one encoder. client: a `qdrant_client.QdrantClient`."""
+    """One collection for one encoder. client: a `qdrant_client.QdrantClient`.
+
+    whole: up to so many candidates all are scored and the hits are the exact index's. exact: beyond, compare a prompt
+    with every candidate's dense vector; False lets the server walk its graph (HNSW) and miss some of the best. The
+    lexical half is exact either way.
+    """
 
     filters_first = True
 
@@ -46,15 +66,21 @@ class QdrantIndex:
         *,
         collection: str = "loramux",
         shortlist: int = SHORTLIST,
+        whole: int = WHOLE,
+        exact: bool = True,
     ) -> None:
+        if (encoder_id is None) != (dim is None):
+            raise RetrievalError("an index has an encoder's id and its width, or neither")
+        if not 1 <= shortlist <= whole:
+            raise RetrievalError(
+                f"shortlist must be at least 1 and at most whole, got {shortlist} and {whole}"
+            )
         self._models = require("qdrant_client.models", "qdrant", "the Qdrant index")
-        self._client, self._collection, self.shortlist = client, collection, shortlist
+        self._collection = Collection(client, self._models, collection, dim)
+        self.shortlist, self.whole, self.exact = shortlist, whole, exact
         self.encoder_id, self.dim = encoder_id, dim
-        self._background = Background.empty(dim)
-        if not client.collection_exists(collection):
-            self._create()
-        else:
-            self._background = self._pool_background(0)
+        self._writing = threading.Lock()
+        self._background = self._pool_background(0)
 
     @classmethod
     def connect(
@@ -62,8 +88,13 @@ class QdrantIndex:
     ) -> QdrantIndex:
         """url: http://host:6333, or ":memory:" for tests."""
         qdrant = require("qdrant_client", "qdrant", "the Qdrant index")
-        client = qdrant.QdrantClient(url) if url == ":memory:" else qdrant.QdrantClient(url=url)
-        return cls(client, encoder_id, dim, **more)
+        if url == ":memory:":
+            return cls(qdrant.QdrantClient(url), encoder_id, dim, **more)
+        return cls(qdrant.QdrantClient(url=url, timeout=TIMEOUT), encoder_id, dim, **more)
+
+    @property
+    def collection(self) -> str:
+        return self._collection.name
 
     @property
     def background(self) -> Background:
@@ -71,76 +102,78 @@ class QdrantIndex:
 
     def check(self, entry: Entry) -> None:
         check_entry(entry, self.encoder_id, self.dim)
+        for key in entry.tags:
+            path_of(key)
 
     def upsert(self, entries: Sequence[Entry]) -> None:
+        """Pages of them become visible one after the other."""
         for entry in entries:
             self.check(entry)
-        for part in _pages(list({entry.id: entry for entry in entries}.values())):
-            points = [self._point(entry) for entry in part]
-            self._client.upsert(self._collection, points=points, wait=True)
+        with self._writing:
+            for part in pages(list({entry.id: entry for entry in entries}.values()), PAGE):
+                self._collection.upsert([self._point(entry) for entry in part])
 
     def delete(self, ids: Sequence[str]) -> int:
-        before = self.count()
-        points = self._models.PointIdsList(points=[point_id(id) for id in ids])
-        self._client.delete(self._collection, points_selector=points, wait=True)
-        return before - self.count()
+        found = 0
+        with self._writing:
+            for part in pages([point_id(id) for id in dict.fromkeys(ids)], PAGE):
+                found += len(self._collection.retrieved(part, with_payload=False))
+                self._collection.delete(part)
+        return found
 
     def search(
         self, query: Query, where: Where = EVERYTHING, ids: AbstractSet[str] | None = None
     ) -> Scored:
-        wanted = self._filter(where, ids)
-        lexical = self._by_words(query, wanted)
-        dense = self._by_meaning(query, wanted)
-        names = {**lexical, **(dense or {})}
-        if len(names) < self.shortlist:
-            names |= self._others(wanted, self.shortlist - len(names), names)
-        order = sorted(names)
-        lexical |= self._by_words(query, self._only(order, lexical))
-        if dense is not None:
-            dense |= self._by_meaning(query, self._only(order, dense)) or {}
-        return Scored(
-            order,
-            [names[id][1] for id in order],
-            np.arange(len(order)),
-            np.array([lexical[id][0] if id in lexical else 0.0 for id in order], np.float32),
-            None if dense is None else _or_nan(dense, order),
-        )
+        models, asked = self._models, _Asked.of(self._models, query, self._background)
+        wanted = filter_of(models, where, ids)
+        pool = self._collection.first(wanted, self.whole + 1)
+        if len(pool) <= self.whole:
+            scores = self._scores(asked, wanted, len(pool), exact=True)
+            best = (
+                pool if len(pool) <= 2 * self.shortlist else best_of(scores, pool, self.shortlist)
+            )
+            moments = None if best is pool else moments_over(scores, pool)
+        else:
+            sample = pool[:SAMPLE]
+            wider = self._scores(asked, wanted, self.whole, self.exact)
+            best = best_of(wider, in_both(wider), self.shortlist)
+            best = list(dict.fromkeys([*best, *sample]))[: max(len(best), self.shortlist)]
+            chosen = {*sample, *best}
+            only = models.Filter(must=[these(models, chosen)])
+            scores = self._scores(asked, only, len(chosen), exact=True)
+            moments = moments_over(scores, sample, wider, self._collection.count(wanted))
+        # Read under the condition once more, so that nothing comes back that was withdrawn meanwhile.
+        named = self._collection.owners(both(models, wanted, these(models, best)))
+        order = sorted(named)
+        lexical, dense = columns(scores, [point_id(id) for id in order])
+        owners = [named[id] for id in order]
+        return Scored(order, owners, np.arange(len(order)), lexical, dense, moments)
 
     def count(self, where: Where = EVERYTHING) -> int:
-        found = self._client.count(self._collection, count_filter=self._filter(where, None))
-        return int(found.count)
+        return self._collection.count(filter_of(self._models, where, None))
 
     def ids(self, where: Where = EVERYTHING) -> list[str]:
-        return sorted(str(p.payload["id"]) for p in self._scroll(self._filter(where, None), ["id"]))
+        return sorted(self._collection.owners(filter_of(self._models, where, None)))
 
     def profiles(self, most: int) -> list[Profile]:
-        named = (p.payload for p in self._scroll(None, ["id", "owner"]))
-        chosen = in_turn(((str(one["id"]), str(one["owner"])) for one in named), most)
+        chosen = in_turn(self._collection.owners(None).items(), most)
         points = [point_id(id) for id in chosen]
-        found = self._client.retrieve(self._collection, points, with_payload=["id", "profile"])
-        return [_profile(p.payload) for p in sorted(found, key=lambda p: str(p.payload["id"]))]
+        found = self._collection.retrieved(points, with_payload=["id", "profile"])
+        return [profile_of(p.payload) for p in sorted(found, key=lambda p: str(p.payload["id"]))]
 
     def refresh(self) -> Background:
         """Weigh every point anew. Searches meanwhile see old and new points side by side."""
-        self._background = self._pool_background(self._background.version + 1)
-        for part in _pages(list(self._scroll(None, True))):
-            points = [self._point(_entry(point.payload)) for point in part]
-            self._client.upsert(self._collection, points=points, wait=True)
-        return self._background
+        with self._writing:
+            self._background = self._pool_background(self._background.version + 1)
+            for part in self._collection.scroll(None, ["profile"], PAGE):
+                self._reweigh({str(p.id): profile_of(p.payload) for p in part})
+            return self._background
 
     def nearness(self, ids: Sequence[str]) -> Floats:
         points = [point_id(id) for id in ids]
-        found = self._client.retrieve(
-            self._collection, points, with_vectors=True, with_payload=False
-        )
+        found = self._collection.retrieved(points, with_payload=False, with_vectors=True)
         vectors = {str(point.id): point.vector for point in found}
-        rows = [vectors[point] for point in points]
-        if all("dense" in row for row in rows):
-            dense = np.array([row["dense"] for row in rows], np.float32)
-            return np.asarray(dense @ dense.T, np.float32)
-        return np.array(
-            [[_overlap(a["lexical"], b["lexical"]) for b in rows] for a in rows], np.float32
-        )
+        return nearness_of([vectors.get(point) for point in points])
 
     def snapshot(self, path: Any) -> None:
         raise RetrievalError(
@@ -149,150 +182,66 @@ class QdrantIndex:
             "no_snapshot",
         )
 
-    def _create(self) -> None:
-        models = self._models
-        dense = {}
-        if self.dim is not None:
-            dense["dense"] = models.VectorParams(size=self.dim, distance=models.Distance.DOT)
-        self._client.create_collection(
-            self._collection,
-            vectors_config=dense,
-            sparse_vectors_config={"lexical": models.SparseVectorParams()},
-        )
-        if "Local" in type(getattr(self._client, "_client", None)).__name__:
-            return  # it has no payload indexes, and warns
-        for key, is_tenant in (("owner", True), ("base", False), ("readers", False)):
-            schema = models.KeywordIndexParams(type="keyword", is_tenant=is_tenant)
-            self._client.create_payload_index(self._collection, f"marks.{key}", schema)
-
     def _point(self, entry: Entry) -> Any:
-        models, profile = self._models, entry.profile
-        marks: dict[str, list[str]] = {}
-        for key, value in sorted(entry.marks):
-            marks.setdefault(key, []).append(value)
-        weighted = self._weighted(profile.lexical)
-        vector: dict[str, Any] = {"lexical": models.SparseVector(**_lists(weighted))}
-        direction = profile.direction
-        if direction is not None and self._background.mean is not None:
-            vector["dense"] = unit(direction - self._background.mean).tolist()
-        payload = {
-            "id": entry.id,
-            "owner": entry.owner,
-            "marks": marks,
-            "profile": base64.b64encode(profile.to_bytes()).decode(),
-        }
-        return models.PointStruct(id=point_id(entry.id), vector=vector, payload=payload)
-
-    def _weighted(self, lexical: Sparse) -> Sparse:
-        return Query(lexical, None).weighted(self._background)
-
-    def _by_words(self, query: Query, wanted: Any) -> dict[str, tuple[float, str]]:
-        weighted = query.weighted(self._background)
-        if wanted is _NOTHING or len(weighted.buckets) == 0:
-            return {}
-        return self._query(self._models.SparseVector(**_lists(weighted)), "lexical", wanted)
-
-    def _by_meaning(self, query: Query, wanted: Any) -> dict[str, tuple[float, str]] | None:
-        centred = query.centred(self._background)
-        if centred is None:
-            return None
-        return {} if wanted is _NOTHING else self._query(centred.tolist(), "dense", wanted)
-
-    def _query(self, vector: Any, using: str, wanted: Any) -> dict[str, tuple[float, str]]:
-        """{id: (score, owner)} of the best; a score is clipped to a cosine."""
-        found = self._client.query_points(
-            self._collection,
-            query=vector,
-            using=using,
-            query_filter=wanted,
-            limit=self.shortlist,
-            with_payload=["id", "owner"],
+        vector = vectors_of(self._models, entry.profile, self._background)
+        return self._models.PointStruct(
+            id=point_id(entry.id), vector=vector, payload=payload_of(entry)
         )
-        return {
-            str(p.payload["id"]): (min(1.0, max(-1.0, p.score)), str(p.payload["owner"]))
-            for p in found.points
-        }
 
-    def _others(self, wanted: Any, num: int, known: dict[str, Any]) -> dict[str, tuple[float, str]]:
-        """Candidates that neither search gave, such as those that share no word with the prompt."""
-        found: dict[str, tuple[float, str]] = {}
-        for point in self._scroll(wanted, ["id", "owner"]):
-            if len(found) == num:
-                break
-            if point.payload["id"] not in known:
-                found[str(point.payload["id"])] = (0.0, str(point.payload["owner"]))
-        return found
-
-    def _only(self, order: Sequence[str], known: dict[str, Any]) -> Any:
-        missing = [point_id(id) for id in order if id not in known]
-        if not missing:
-            return _NOTHING
-        return self._models.Filter(must=[self._models.HasIdCondition(has_id=missing)])
-
-    def _filter(self, where: Where, ids: AbstractSet[str] | None) -> Any:
-        models = self._models
-        must: list[Any] = [models.Filter(should=[self._has(m) for m in c]) for c in where.clauses]
-        if ids is not None:
-            must.append(models.HasIdCondition(has_id=sorted(point_id(id) for id in ids)))
-        return models.Filter(must=must) if must else None
-
-    def _has(self, mark: Mark) -> Any:
-        key, value = mark
-        match = self._models.MatchValue(value=value)
-        return self._models.FieldCondition(key=f"marks.{key}", match=match)
-
-    def _scroll(self, wanted: Any, payload: Any) -> Iterator[Any]:
-        offset = None
-        while True:
-            points, offset = self._client.scroll(
-                self._collection, wanted, limit=PAGE, offset=offset, with_payload=payload
+    def _reweigh(self, profiles: dict[str, Profile]) -> None:
+        """New vectors and nothing else: marks that another host withdraws meanwhile must not come back."""
+        if not profiles:
+            return
+        make, background = self._models.PointVectors, self._background
+        try:
+            self._collection.update_vectors(
+                [
+                    make(id=point, vector=vectors_of(self._models, profile, background))
+                    for point, profile in profiles.items()
+                ]
             )
-            yield from points
-            if offset is None:
-                return
+        except Exception:
+            found = self._collection.retrieved(list(profiles), with_payload=False)
+            if len(found) == len(profiles):
+                raise
+            # Some were deleted since they were read, which a server and local mode both take ill, in other ways.
+            self._reweigh({str(point.id): profiles[str(point.id)] for point in found})
+
+    def _scores(self, asked: _Asked, wanted: Any, limit: int, exact: bool) -> Both:
+        """Of the best `limit`. What shares no word with the prompt, or has no dense vector, is not among them."""
+        lexical: Scores = {}
+        dense: Scores | None = None if asked.direction is None else {}
+        if limit and asked.words is not None:
+            lexical = self._collection.best(asked.words, "lexical", wanted, limit)
+        if limit and asked.direction is not None:
+            dense = self._collection.best(asked.direction, "dense", wanted, limit, exact)
+        return lexical, dense
 
     def _pool_background(self, version: int) -> Background:
         tally, directions = Tally(self.dim), []
-        for point in self._scroll(None, ["profile"]):
-            profile = _profile(point.payload)
+        for point in chain.from_iterable(self._collection.scroll(None, ["profile"], PAGE)):
+            profile = profile_of(point.payload)
+            if self.encoder_id is not None and profile.encoder_id not in (None, self.encoder_id):
+                raise self._collection.other(
+                    f"vectors of the encoder {profile.encoder_id!r}",
+                    f"those of {self.encoder_id!r}",
+                )
             tally.add(profile)
-            if profile.direction is not None:
+            if self.dim is not None and profile.direction is not None:
                 directions.append(profile.direction)
         made = tally.background(version)
         return made.guarded(np.stack(directions)) if directions else made
 
 
-_NOTHING = object()
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A prompt as the database takes it. words: None where it has none; direction: None without an encoder."""
 
+    words: Any
+    direction: list[float] | None
 
-def point_id(id: str) -> str:
-    """The UUID of an entry's id; the database takes no other texts."""
-    return str(uuid.uuid5(_NAMES, id))
-
-
-def _pages(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    return (items[start : start + PAGE] for start in range(0, len(items), PAGE))
-
-
-def _lists(sparse: Sparse) -> dict[str, Any]:
-    return {"indices": sparse.buckets.tolist(), "values": sparse.values.tolist()}
-
-
-def _or_nan(scores: dict[str, tuple[float, str]], order: Sequence[str]) -> Floats:
-    return np.array([scores[id][0] if id in scores else np.nan for id in order], np.float32)
-
-
-def _profile(payload: Any) -> Profile:
-    return Profile.from_bytes(base64.b64decode(payload["profile"]))
-
-
-def _entry(payload: Any) -> Entry:
-    marks = {key: tuple(values) for key, values in payload["marks"].items() if key != "owner"}
-    return Entry(str(payload["id"]), _profile(payload), str(payload["owner"]), marks)
-
-
-def _overlap(a: Any, b: Any) -> float:
-    left = dict(zip(a.indices, a.values, strict=True))
-    return float(
-        sum(left.get(i, 0.0) * value for i, value in zip(b.indices, b.values, strict=True))
-    )
+    @classmethod
+    def of(cls, models: Any, query: Query, background: Background) -> _Asked:
+        weighted, centred = query.weighted(background), query.centred(background)
+        words = sparse_of(models, weighted) if len(weighted.buckets) else None
+        return cls(words, None if centred is None else centred.tolist())

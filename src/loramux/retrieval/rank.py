@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loramux.retrieval.errors import RetrievalError
-from loramux.retrieval.index import Scored
+from loramux.retrieval.index import Moments, Scored
 from loramux.retrieval.text import Floats
 
 MIN_FOR_Z = 50
@@ -46,20 +46,27 @@ def hybrid(scored: Scored, dense_weight: float = 0.5) -> Floats:
     if scored.dense is None or dense_weight == 0.0:
         return scored.lexical
     lexical, dense = scored.lexical, scored.dense
-    if len(scored) >= MIN_FOR_Z:
+    if scored.moments is not None:
+        lexical, dense = map(standardised, (lexical, dense), scored.moments)
+    elif len(scored) >= MIN_FOR_Z:
         lexical, dense = standardised(lexical), standardised(dense)
     dense = np.where(np.isnan(dense), lexical, dense)
     return ((1.0 - dense_weight) * lexical + dense_weight * dense).astype(np.float32)
 
 
-def standardised(values: Floats) -> Floats:
-    """Mean 0 and deviation 1 over what is there; all 0 where everything is equal."""
+def standardised(values: Floats, moments: Moments | None = None) -> Floats:
+    """Mean 0 and deviation 1 over what is there, or with given moments; all 0 where everything is equal."""
+    mean, spread = moments_of(values) if moments is None else moments
+    centred = values - np.float32(mean)
+    return centred / np.float32(spread) if spread > 1e-12 else 0 * centred
+
+
+def moments_of(values: Floats) -> Moments:
+    """Mean and deviation of what is there."""
     there = values[~np.isnan(values)]
     if len(there) == 0:
-        return values
-    spread = float(there.std(dtype=np.float64))
-    centred = values - np.float32(there.mean(dtype=np.float64))
-    return centred / np.float32(spread) if spread > 1e-12 else 0 * centred
+        return 0.0, 0.0
+    return float(there.mean(dtype=np.float64)), float(there.std(dtype=np.float64))
 
 
 def choose(

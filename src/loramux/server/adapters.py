@@ -101,7 +101,7 @@ def router() -> APIRouter:
         config: ServerConfig = request.app.state.config
         slots = services.extras.setdefault(SLOTS, UploadSlots())
         with slots.enter(caller.tenant):
-            _check_room(services, caller, request)
+            await in_thread(lambda: _check_room(services, caller, request))
             taken = received(
                 request,
                 config.uploads.max_bytes,
@@ -178,9 +178,16 @@ def _publish(
             f"unknown field {unknown[0][:40]!r}; allowed: {', '.join((*FIELDS, 'file', 'files'))}",
             code="unknown_parameter",
         )
-    name = check_name(form.fields.get("name", ""))
+    if not form.fields.get("name"):
+        raise ApiError("name is missing", code="missing_parameter", param="name")
+    name = check_name(form.fields["name"])
     alias = check_alias(form.fields.get("alias", "latest"))
     visibility = form.fields.get("visibility")
+    if visibility not in (None, "private", "shared"):
+        raise ApiError(
+            f"visibility {visibility[:40]!r}: allowed are 'private' and 'shared'",
+            code="invalid_value", param="visibility",
+        )  # fmt: skip
     metadata = _object(form, "metadata")
     provenance = _object(form, "provenance")
     profile = _profile(services, form)

@@ -99,12 +99,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     finally:
         flushing.cancel()
         await asyncio.gather(flushing, return_exceptions=True)
-        await services.engine.shutdown(finish=False)
-        # The tenants' ledger is written into the registry's database.
-        for part in (services.tenancy, services.registry):
-            close = getattr(part, "close", None)
-            if close is not None:
-                await asyncio.to_thread(close)
+        async with contextlib.AsyncExitStack() as closing:  # whatever fails, the rest is closed
+            # The tenants' ledger is written into the registry's database.
+            for part in (services.registry, services.tenancy):
+                close = getattr(part, "close", None)
+                if close is not None:
+                    closing.push_async_callback(asyncio.to_thread, close)
+            await services.engine.shutdown(finish=False)
 
 
 async def _flush(tenancy: Any) -> None:

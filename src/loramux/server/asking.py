@@ -102,6 +102,8 @@ def chat_params(body: ChatBody, limits: LimitsConfig) -> SamplingParams:
     if body.top_logprobs and not body.logprobs:
         raise refuse("top_logprobs needs logprobs=true", "top_logprobs")
     wanted = (body.top_logprobs or 0) if body.logprobs else None
+    if wanted is not None and wanted > limits.max_logprobs:
+        raise refuse(f"top_logprobs: at most {limits.max_logprobs}, got {wanted}", "top_logprobs")
     return _params(body, limits, limits.default_max_tokens if tokens is None else tokens, wanted)
 
 
@@ -127,6 +129,8 @@ def _params(
 ) -> SamplingParams:
     _check_caps(body, limits, max_tokens, logprobs)
     top_k = 0 if body.top_k is None else max(body.top_k, 0)  # -1 is vLLM's "off"
+    if max_tokens < 1:  # of a chat; a completion that echoes asks for one token that is not shown
+        raise refuse(f"max_tokens: at least 1, got {max_tokens}", "max_tokens")
     try:
         return SamplingParams(
             max_tokens=max_tokens,

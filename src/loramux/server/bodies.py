@@ -6,7 +6,9 @@ accepted, since clients send them by themselves.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -34,6 +36,36 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (None,),
     "suffix": (None, ""),
     "use_beam_search": (None, False),
+    # vLLM's: what its clients send by themselves is what it does without them.
+    "length_penalty": (None, 1, 1.0),
+    "skip_special_tokens": (None, True),
+    "spaces_between_special_tokens": (None, True),
+    "add_special_tokens": (None, True),
+    "include_stop_str_in_output": (None, False),
+    "detokenize": (None, True),
+    "priority": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "prompt_logprobs": (None,),
+    "allowed_token_ids": (None,),
+    "bad_words": (None, []),
+    "logits_processors": (None, []),
+    "return_tokens_as_token_ids": (None, False),
+    "return_token_ids": (None, False),
+    "structured_outputs": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_decoding_backend": (None,),
+}
+# The same, of chats only.
+NEUTRAL_OF_CHATS: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "add_special_tokens": (None, False),
+    "documents": (None, []),
 }
 _MESSAGE_EXTRAS = frozenset(
     {"name", "refusal", "audio", "function_call", "tool_calls", "annotations", "reasoning_content"}
@@ -51,7 +83,9 @@ def _whole_characters(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole_characters)]
-Model = Annotated[Text, StringConstraints(min_length=1, max_length=2048)]
+Model = Annotated[
+    str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_whole_characters)
+]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -64,19 +98,22 @@ def _described(schema: dict[str, Any]) -> None:
 class _Body(BaseModel):
     # Unknown keys are looked at by `check_extras`, which knows why each of them is refused.
     model_config = ConfigDict(strict=True, extra="allow", json_schema_extra=_described)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = NEUTRAL
 
     def check_extras(self) -> None:
         """Refuse what is not supported, by name; keep what has no meaning here."""
         for name, value in (self.model_extra or {}).items():
-            if name in IGNORED or (name in NEUTRAL and value in NEUTRAL[name]):
+            if name in IGNORED or (name in self.neutral and value in self.neutral[name]):
                 continue
-            if name in NEUTRAL:
+            if name in self.neutral:
                 raise ApiError(
                     f"{name!r} is not supported by this server; leave it out",
                     code="unsupported_parameter", param=name,
                 )  # fmt: skip
+            close = get_close_matches(name[:80], type(self).model_fields, n=1)
             raise ApiError(
-                f"unknown parameter {name[:80]!r}; remove it",
+                f"unknown parameter {name[:80]!r}; "
+                + (f"did you mean {close[0]!r}?" if close else "remove it"),
                 code="unknown_parameter",
                 param=name[:80],
             )
@@ -187,6 +224,7 @@ class Message(BaseModel):
 class ChatBody(SamplingBody):
     """POST /v1/chat/completions."""
 
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {**NEUTRAL, **NEUTRAL_OF_CHATS}
     messages: list[Message] = Field(
         min_length=1, description="the turns: role and content (a text, or parts of type text)"
     )

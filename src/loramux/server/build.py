@@ -7,14 +7,15 @@ longest; and what was opened is closed again if a later part fails.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loramux.errors import MissingExtraError
+from loramux.errors import LoramuxError, MissingExtraError
 from loramux.fetch import resolve_base
 from loramux.registry import Registry
-from loramux.server.config import RetrievalConfig, ServerConfig
+from loramux.server.config import RetrievalConfig, ServerConfig, ServerConfigError
 from loramux.server.observe import open_issuer
 from loramux.server.services import Services
 
@@ -27,9 +28,12 @@ log = logging.getLogger(__name__)
 def build_services(config: ServerConfig) -> Services:
     """Everything open and ready. The application closes it at its end."""
     with ExitStack() as opened:
-        registry = _registry(config)
+        _check_roots(config)
+        with _told("registry"):
+            registry = _registry(config)
         opened.callback(registry.close)
-        tenancy = _tenancy(config, registry)
+        with _told("tenants"):
+            tenancy = _tenancy(config, registry)
         folder = base_folder(config.base)
         from loramux.registry.checks import base_shape
 
@@ -41,7 +45,8 @@ def build_services(config: ServerConfig) -> Services:
             from loramux.server.ramole import RamoleRouter
 
             extras[RAMOLE] = RamoleRouter(config.retrieval.ramole_router)
-        signer = open_issuer(config, data_folder(config), shape.digest)
+        with _told("data" if config.data is not None else "registry.root"):
+            signer = open_issuer(config, data_folder(config), shape.digest)
         engine = _engine(config, folder)
         services = Services(
             engine=engine[0], tokenizer=engine[1], max_length=engine[2], registry=registry,
@@ -49,6 +54,30 @@ def build_services(config: ServerConfig) -> Services:
         )  # fmt: skip
         opened.pop_all()
     return services
+
+
+@contextmanager
+def _told(key: str) -> Iterator[None]:
+    """Name the key of the YAML that an error is about: the parts that are opened do not know where they were named."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise ServerConfigError(
+            f"{key}: {error.filename} cannot be used ({why}); name a folder that may be written"
+        ) from None
+    except (ServerConfigError, MissingExtraError):
+        raise
+    except LoramuxError as error:
+        raise ServerConfigError(f"{key}: {error}") from None
+
+
+def _check_roots(config: ServerConfig) -> None:
+    for root in config.uploads.lora_path_roots:
+        if not Path(root).is_dir():
+            raise ServerConfigError(
+                f"uploads.lora_path_roots: {root} is no folder; make it, or leave it out"
+            )
 
 
 def base_folder(base: str) -> Path:
@@ -98,15 +127,29 @@ def _retriever(
     if config.qdrant_url is not None:
         from loramux.retrieval import QdrantIndex
 
-        index = QdrantIndex.connect(
-            config.qdrant_url, getattr(encoder, "id", None), getattr(encoder, "dim", None)
-        )
+        with _answering(config.qdrant_url):
+            index = QdrantIndex.connect(
+                config.qdrant_url, getattr(encoder, "id", None), getattr(encoder, "dim", None)
+            )
     given = config.threshold
     threshold = AbstainAt(config.false_abstain) if given == "calibrated" else given
     retriever = Retriever(index, encoder, base=shape.digest, min_score=threshold)
     ProfileStore.beside(registry, encoder)
     extras["follower"] = follow(retriever, registry)
     return retriever
+
+
+@contextmanager
+def _answering(url: str) -> Iterator[None]:
+    """One error, whatever kinds the client and what it stands on have for a server that is not there."""
+    try:
+        yield
+    except LoramuxError:
+        raise
+    except Exception as error:
+        raise ServerConfigError(
+            f"retrieval.qdrant_url: no Qdrant can be used at {url!r} ({error}); start it, or leave the key out"
+        ) from None
 
 
 def _encoder(config: RetrievalConfig) -> Any:

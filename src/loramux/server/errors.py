@@ -50,6 +50,19 @@ _HTTP_CODES: Mapping[int, str] = {
     413: "too_large",
     415: "unsupported_media_type",
 }
+# Fields that take several types; a validator tells of the first of them only.
+_SHAPES: Mapping[str, str] = {
+    "prompt": "a text, token ids, or a list of either",
+    "input": "a text or a list of texts",
+    "stop": "a text or a list of texts",
+    "content": "a text, or a list of parts of type 'text'",
+}
+_UNSUPPORTED: Mapping[str, str] = {
+    "role": "turns of tools are not supported; allowed are 'system', 'developer', 'user' and 'assistant'",
+    "content": "only parts of type 'text' are supported",
+}
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
+_NO_OBJECT = ("model_attributes_type", "model_type", "dict_type")
 
 
 class ApiError(LoramuxError):
@@ -152,8 +165,11 @@ def install(app: FastAPI) -> None:
 
 
 def _validation(error: RequestValidationError) -> ApiError:
-    """The first problem, with its place; what was given is not repeated: it may be a prompt."""
-    first = error.errors()[0]
+    """The first problem, with its place. Of what was given a number beyond its bounds is repeated; all else may be a
+    prompt."""
+    errors = error.errors()
+    # Of a field that takes several types each complains: what only one of them can say is the reason.
+    first = next((each for each in errors if each["type"] == "value_error"), errors[0])
     place = [
         str(part)
         for part in first["loc"]
@@ -161,7 +177,7 @@ def _validation(error: RequestValidationError) -> ApiError:
         if part not in ("body", "query", "path", "header") and "function-" not in str(part)
     ]
     where = ".".join(place) or None
-    kind = first["type"]
+    kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
         return ApiError(
             f"unknown parameter {where!r}; remove it", code="unknown_parameter", param=where
@@ -170,7 +186,33 @@ def _validation(error: RequestValidationError) -> ApiError:
         return ApiError("the body is not valid JSON", code="invalid_json")
     if kind == "missing":
         code, message = "missing_parameter", f"{where or 'the body'} is missing"
-    else:
+    elif where is None and kind in _NO_OBJECT:
         code = "invalid_value"
-        message = f"{where or 'the body'}: {first['msg'].removeprefix('Value error, ')}"
+        message = "the body must be a JSON object, sent with Content-Type: application/json"
+    elif _is_unsupported(place, given):
+        code, message = "unsupported_parameter", f"{where}: {_UNSUPPORTED[place[-1]]}"
+    else:
+        code, message = "invalid_value", f"{where or 'the body'}: {_reason(first, place)}"
     return ApiError(message, code=code, param=where)
+
+
+def _reason(first: Any, place: list[str]) -> str:
+    kind, given = first["type"], first.get("input")
+    if kind == "string_type" and place and place[-1] in _SHAPES:
+        return f"must be {_SHAPES[place[-1]]}"
+    text = str(first["msg"]).removeprefix("Value error, ")
+    if kind in _BOUNDS and isinstance(given, int | float):
+        return f"{text}, got {given!r:.24}"
+    return text
+
+
+def _is_unsupported(place: list[str], given: Any) -> bool:
+    """Turns of tools, and parts that are not text: right in OpenAI's words, and not what this server can do."""
+    if place[:1] != ["messages"]:
+        return False
+    if place[-1] == "role":
+        return given in ("tool", "function")
+    if place[-1] != "content" or not isinstance(given, list):
+        return False
+    kinds = [part.get("type") for part in given if isinstance(part, Mapping)]
+    return any(isinstance(kind, str) and kind != "text" for kind in kinds)

@@ -1,12 +1,13 @@
-"""Checks a receipt against a registry, and runs a greedy request again to see whether the tokens are the same.
+"""Checks a receipt against the reply that brought it and against a registry, and runs a greedy request again.
 
 Why stop texts are not needed: greedy tokens do not depend on where an answer is cut. A replay draws as many tokens as
-the receipt counts at most, with the same adapters, and compares their SHA-256.
+the receipt counts at most, with the same adapters, and compares their SHA-256. Only such a replay says whether a
+reply's text is what was drawn: a receipt has no text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,50 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def check_reply(reply: Mapping[str, Any], receipt: Receipt) -> Check:
+    """Whether a whole reply says what its receipt says: who answered, how many tokens, how each choice ended."""
+    said, signed = _said(reply), _signed(receipt)
+    if _is_silent(reply, receipt):
+        for side in (said, signed):
+            side["usage"] = side["usage"][:1]
+            side["ends"] = []
+    wrong = [key for key in signed if said[key] != signed[key]]
+    if wrong:
+        key = wrong[0]
+        return Check("reply", False, f"{key}: {said[key]!r}, the receipt says {signed[key]!r}")
+    return Check("reply", True, f"{', '.join(signed)} as signed")
+
+
+def _said(reply: Mapping[str, Any]) -> dict[str, Any]:
+    usage = reply.get("usage") or {}
+    ours = (reply.get("loramux") or {}).get("adapters") or []
+    return {
+        "model": reply.get("model"),
+        "adapters": sorted((str(each.get("ref")), str(each.get("digest"))) for each in ours),
+        "usage": [usage.get("prompt_tokens"), usage.get("completion_tokens")],
+        "ends": [choice.get("finish_reason") for choice in reply["choices"]],
+    }
+
+
+def _signed(receipt: Receipt) -> dict[str, Any]:
+    samples = [sample for answer in receipt.answers for sample in answer["completions"]]
+    return {
+        "model": receipt.body.get("model"),
+        "adapters": sorted((str(e.get("ref")), str(e.get("digest"))) for e in _parts(receipt)),
+        "usage": [
+            sum(answer["prompt"]["tokens"] for answer in receipt.answers),
+            sum(sample["tokens"] for sample in samples),
+        ],
+        "ends": [sample["finish_reason"] for sample in samples],
+    }
+
+
+def _is_silent(reply: Mapping[str, Any], receipt: Receipt) -> bool:
+    """A call with max_tokens 0: the engine draws one token, which the reply neither has nor counts."""
+    usage = reply.get("usage") or {}
+    return usage.get("completion_tokens") == 0 and receipt.body["sampling"]["max_tokens"] == 1
 
 
 def check_registry(receipt: Receipt, registry: Any) -> list[Check]:
@@ -57,9 +102,16 @@ def find_version(registry: Any, name: str, digest: str) -> Any:
 
 
 def replay(
-    receipt: Receipt, prompts: Sequence[Sequence[int]], engine: Engine, registry: Any
+    receipt: Receipt,
+    prompts: Sequence[Sequence[int]],
+    engine: Engine,
+    registry: Any,
+    reply: Mapping[str, Any] | None = None,
 ) -> list[Check]:
-    """Run the prompts again on `engine`. ReceiptError where a replay can prove nothing."""
+    """Run the prompts again on `engine`. ReceiptError where a replay can prove nothing.
+
+    With the `reply` that brought the receipt its texts are compared as well.
+    """
     answers = receipt.answers
     if receipt.body["sampling"].get("temperature") != "0":
         raise ReceiptError(
@@ -72,6 +124,7 @@ def replay(
             code="prompt_mismatch",
         )
     checks = []
+    texts = _texts_of(reply, receipt)
     for place, (answer, prompt) in enumerate(zip(answers, prompts, strict=True)):
         if token_digest(prompt) != answer["prompt"]["sha256"]:
             raise ReceiptError(
@@ -79,8 +132,16 @@ def replay(
                 f"{answer['prompt']['tokens']}",
                 code="prompt_mismatch",
             )
-        checks += _replay(f"answer {place}", answer, receipt, prompt, engine, registry)
+        checks += _replay(f"answer {place}", answer, receipt, prompt, engine, registry, texts)
     return checks
+
+
+def _texts_of(reply: Mapping[str, Any] | None, receipt: Receipt) -> list[Any] | None:
+    """The texts of a reply's choices, in the receipt's order; each answer takes its own from the front."""
+    if reply is None or _is_silent(reply, receipt):
+        return None
+    choices = reply["choices"]
+    return [(each.get("message") or {}).get("content", each.get("text")) for each in choices]
 
 
 def _replay(
@@ -90,6 +151,7 @@ def _replay(
     prompt: Sequence[int],
     engine: Engine,
     registry: Any,
+    texts: list[Any] | None,
 ) -> list[Check]:
     from loramux.engine.request import Request
 
@@ -113,14 +175,29 @@ def _replay(
         mix[part["digest"]] = float(part["weight"])
     checks = []
     for sample in answer["completions"]:
+        said = texts.pop(0) if texts else None
         if not sample["tokens"]:
             checks.append(Check(f"{what}, sample {sample['index']}", None, "it has no tokens"))
             continue
         params = _greedy(receipt.body["sampling"], sample["tokens"])
         request = Request(prompt=list(prompt), adapter=mix or None, params=params)
         [[done]] = engine.generate([request])
-        checks += _compare(f"{what}, sample {sample['index']}", answer, sample, done)
+        which = f"{what}, sample {sample['index']}"
+        found = _compare(which, answer, sample, done)
+        if said is not None and found[-1].is_right:
+            is_cut = receipt.body["sampling"]["num_stop"] > 0 and sample["finish_reason"] == "stop"
+            asked = str(engine.tokenizer.decode(list(prompt)))
+            found.append(_compare_text(which, said, asked, done.text, is_cut))
+        checks += found
     return checks
+
+
+def _compare_text(what: str, said: Any, asked: str, drawn: str, is_cut: bool) -> Check:
+    """A stop text cuts what was drawn, so the reply has its beginning; `echo` puts the prompt before it."""
+    begins = [text for text in (drawn, asked + drawn) if isinstance(said, str) and text.startswith(said)]  # fmt: skip
+    is_same = said in begins or (is_cut and bool(begins))
+    told = "as drawn" if is_same else f"the reply has {said!r:.80}, drawn was {drawn!r:.80}"
+    return Check(f"{what}: text", is_same, told)
 
 
 def _greedy(sampling: dict[str, Any], num_tokens: int) -> SamplingParams:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from loramux.engine.detokenize import UNFINISHED
 from loramux.engine.request import Completion, TokenLogprob
 from loramux.server.calls import Call
 from loramux.server.resolve import Plan
@@ -20,6 +22,24 @@ class Words:
     def __init__(self, tokenizer: Any, limit: int = 65536):
         self._tokenizer, self._limit = tokenizer, limit
         self._kept: dict[int, str] = {}
+        self._bytes_of: dict[str, int] | None = None  # of a byte-level vocabulary's letters
+
+    def bytes_of(self, token: int) -> list[int]:
+        """A token's own bytes, so that those of several tokens are together the character that none of them is."""
+        text = self(token)
+        if UNFINISHED not in text:
+            return list(text.encode())
+        piece = str(self._tokenizer.convert_ids_to_tokens([token])[0])
+        if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):  # SentencePiece's fallback
+            return [int(found[1], 16)]
+        if self._bytes_of is None:
+            from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+            alphabet = bytes_to_unicode()  # type: ignore[no-untyped-call]
+            self._bytes_of = {letter: byte for byte, letter in alphabet.items()}
+        if all(letter in self._bytes_of for letter in piece):
+            return [self._bytes_of[letter] for letter in piece]
+        return list(text.encode())
 
     def __call__(self, token: int) -> str:
         found = self._kept.get(token)
@@ -83,8 +103,7 @@ def chat_logprobs(words: Words, found: Sequence[TokenLogprob]) -> dict[str, Any]
 
 
 def _entry(words: Words, token: int, logprob: float) -> dict[str, Any]:
-    text = words(token)
-    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+    return {"token": words(token), "logprob": _finite(logprob), "bytes": words.bytes_of(token)}
 
 
 def text_logprobs(

@@ -9,6 +9,7 @@ registry's generation moves; within this process at once, for changes by others 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import Any
 from loramux.errors import LoramuxError
 from loramux.server.errors import ApiError
 
+log = logging.getLogger(__name__)
 POLL_S = 0.2
 MAX_NAME = 512  # characters; the longest reference that can be is shorter, and what is kept by name must stay small
 AUTO, ROUTER = "auto", "router:"
@@ -62,9 +64,9 @@ class Choice:
 
 def unknown_model(name: str) -> ApiError:
     """The same for a name that nobody has and for one that is somebody else's."""
-    shown = name if len(name) <= 200 and name.isprintable() else "given"
+    shown = f"'{name}'" if len(name) <= 200 and name.isprintable() else "that was given"
     return ApiError(
-        f"The model '{shown}' does not exist or you do not have access to it.",
+        f"The model {shown} does not exist or you do not have access to it.",
         code="model_not_found", param="model",
     )  # fmt: skip
 
@@ -75,13 +77,23 @@ def parse_model(text: str, base_name: str, max_mix: int = 8) -> Choice:
         return Choice("base")
     if text == AUTO:
         return Choice("auto")
-    if text.startswith(ROUTER):
+    if text in (ROUTER, f"{base_name}:"):
+        raise unknown_model(text)
+    is_mix = "*" in text or "+" in text
+    if text.startswith(ROUTER) and not is_mix:
         return Choice("router", ((text.removeprefix(ROUTER), 1.0),))
     if text.startswith(f"{base_name}:"):
         text = text.removeprefix(f"{base_name}:")
-    if "*" not in text and "+" not in text:
+    if not is_mix:
         return Choice("mix", ((text, 1.0),))
     parts = [_part(piece) for piece in text.split("+")]
+    for name, _ in parts:
+        if name in (base_name, "base", AUTO) or name.startswith(ROUTER):
+            raise ApiError(
+                f"a mix is of adapters, and {name[:80]!r} is none: the base is under every mix, 'auto' and routers "
+                "stand alone",
+                code="invalid_model", param="model",
+            )  # fmt: skip
     if len(parts) > max_mix:
         raise ApiError(
             f"a mix names at most {max_mix} adapters, got {len(parts)}",
@@ -192,6 +204,16 @@ class Names:
             self._look = asyncio.ensure_future(self._poll())
         await asyncio.shield(self._look)
 
+    async def _has_followed(self) -> bool:
+        """Whether what follows the registry did; if not it is tried at the next look, and names are resolved anyway."""
+        try:
+            if self._on_change is not None:
+                await asyncio.to_thread(self._on_change)
+        except Exception:
+            log.exception("what follows the registry is behind; it is tried again")
+            return False
+        return True
+
     async def _poll(self) -> None:
         try:
             epoch, now = self._epoch, self._clock()
@@ -199,9 +221,8 @@ class Names:
             if generation != self._generation:
                 # First: who looks at two things meanwhile may see one of each state.
                 self._epoch += 1
-                if self._on_change is not None:
-                    await asyncio.to_thread(self._on_change)
-                self._generation = generation
+                if await self._has_followed():
+                    self._generation = generation
                 self._kept.clear()
                 self._epoch += 1
                 epoch += 2

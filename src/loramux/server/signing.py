@@ -199,6 +199,8 @@ def published(folder: str | os.PathLike[str]) -> PublicKeys:
     for path in sorted((Path(folder) / PUBLIC).glob("*.json")):
         try:
             keys.append(_public_of(json.loads(path.read_bytes())))
+        except FileNotFoundError:  # removed since it was listed
+            continue
         except (OSError, ValueError):
             raise SigningError(f"{path} is not a public key; remove it") from None
     return PublicKeys(keys)

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,9 @@ class StubRegistry:
         kept = self.kept.setdefault(f"{tenant}/{name}", [])
         number = len(kept) + 1
         digest = hashlib.sha256(f"{tenant}/{name}@{number}".encode()).hexdigest()
-        version = StubVersion(
-            **{"tenant": tenant, "name": name, "version": number, "digest": digest, **fields}
-        )
+        told = {"tenant": tenant, "name": name, "version": number, "digest": digest}
+        version = StubVersion(**{**told, "aliases": ("latest",), **fields})
+        kept[:] = [replace(each, aliases=()) for each in kept]
         kept.append(version)
         self.aliases[f"{tenant}/{name}", "latest"] = number
         self.num_changes += 1
@@ -254,7 +254,7 @@ class StubVersion:
     num_bytes: int = 1000
     created_at: float = 0.0
     visibility: str = "private"
-    aliases: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def ref(self) -> str:

@@ -105,7 +105,12 @@ class KeyCache:
             return True
         if entry.deadline is None:  # it was read while the wall clock was ahead
             key_id = entry.caller.key_id
-            self._entries[key_id] = entry = self._entry(key_id)
+            with (
+                self._lock
+            ):  # or it could put back what a look that goes on meanwhile has taken away
+                self._entries[key_id] = entry = self._entry(key_id)
+            if not entry.is_usable:
+                return True
         return entry.deadline is None or self._clock() >= entry.deadline
 
     # --- Keeping up -----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from engine.folders import (
     lease_of,
     truncate,
     wait_for,
+    write_lora,
 )
 from loramux.engine.content import Content
 from loramux.engine.store import AdapterStore
+from pico import build_pico
 
 
 def test_want_returns_at_once_and_others_run_while_an_adapter_loads(
@@ -140,3 +143,52 @@ def test_an_error_nobody_foresaw_fails_the_request_too(store: AdapterStore, lora
     ticket = store.want((("a", 1.0),))
     assert wait_for(store, ticket) == "failed"
     assert ticket.error == "adapter 'a': out of luck"
+
+
+def test_a_panic_of_a_native_reader_fails_its_own_request_and_no_later_one(
+    store: AdapterStore, lora: Folders
+) -> None:
+    """Regression: what is no Exception ended the loader's thread, and later requests waited for ever."""
+    inner = store._intake._loader._read
+
+    class Panic(BaseException):
+        pass
+
+    def panic(folder: Path) -> Content:
+        raise Panic("called `unwrap` on nothing")
+
+    store._intake._loader._read = panic
+    store.register("a", lora(0))
+    ticket = store.want((("a", 1.0),))
+    assert wait_for(store, ticket) == "failed"
+    assert "reading it failed: Panic" in str(ticket.error)
+    store._intake._loader._read = inner
+    assert wait_for(store, store.want((("a", 1.0),))) == "ready"
+
+
+def test_a_thread_that_cannot_be_started_fails_the_request_and_no_later_one(
+    store: AdapterStore, lora: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    store.register("a", lora(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ticket = store.want((("a", 1.0),))
+        assert ticket.state == "failed"
+    assert "no thread could be started to read it" in str(ticket.error)
+    assert wait_for(store, store.want((("a", 1.0),))) == "ready"
+
+
+def test_an_error_of_an_older_version_of_a_folder_is_not_a_later_requests(
+    store: AdapterStore, lora: Folders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(lora(0), tmp_path / "a")
+    truncate(folder)
+    store.register("a", folder)
+    early = store.want((("a", 1.0),))
+    assert store.wait(20)  # the error is there, and nobody has looked at it
+    write_lora(build_pico("llama"), folder)
+    assert wait_for(store, store.want((("a", 1.0),))) == "ready"
+    assert early.state in ("ready", "failed")

@@ -19,6 +19,7 @@ from engine.folders import (
     size_of,
     trained,
     truncate,
+    wait_for,
     write_lora,
 )
 from loramux.engine.store import AdapterStore
@@ -137,6 +138,24 @@ def test_an_adapter_given_from_memory_is_refused_where_there_is_no_room(
     assert "given" not in store
     store.release(lease)
     store.add("given", adapter)
+
+
+def test_an_adapter_that_finds_no_room_beside_given_ones_is_refused_with_the_numbers(
+    make: Stores, lora: Folders
+) -> None:
+    """Regression: it waited for ever, since those never leave, and no new request was let in meanwhile."""
+    handle = trained(build_pico("llama"), r=1, target_modules=["v_proj"])
+    store = make(memory=2 * size_of(make(), lora(0)))
+    store.add("given", handle.adapters["default"])
+    for i in range(2):
+        store.register(f"a{i}", lora(i))
+    mix, alone = store.want((("a0", 0.5), ("a1", 0.5))), store.want((("a0", 1.0),))
+    assert wait_for(store, mix) == "failed"
+    assert mix.error is not None and "are held by adapters given from memory" in mix.error
+    assert wait_for(store, alone) == "ready"
+    assert wait_for(store, store.want((("given", 0.5), ("a0", 0.5)))) == "ready"
+    store.remove("given")
+    assert wait_for(store, store.want((("a0", 0.5), ("a1", 0.5)))) == "ready"
 
 
 def test_a_folder_added_at_once_is_checked_and_a_broken_one_leaves_the_name_alone(

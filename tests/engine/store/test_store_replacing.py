@@ -14,9 +14,11 @@ from engine.folders import (
     WEIGHTS,
     Folders,
     Gate,
+    Stores,
     first_row,
     lease_of,
     row_of,
+    size_of,
     wait_for,
     write_lora,
 )
@@ -140,6 +142,31 @@ def test_a_change_between_reading_and_taking_in_is_noticed(
     assert torch.equal(row_of(store, late), first_row(lora(1)))
     assert wait_for(store, early) == "ready"
     store.release(late)
+
+
+def test_a_change_is_noticed_though_another_name_brings_what_the_folder_held(
+    make: Stores, lora: Folders, tmp_path: Path
+) -> None:
+    """Regression: a folder that was to be read anyway was not looked at, and the old content served a new request."""
+    store = make(memory=size_of(make(), lora(0)))
+    folder = shutil.copytree(lora(0), tmp_path / "a")
+    store.register("a", folder)
+    store.register("same", lora(0))
+    store.register("b", lora(1))
+    for name in ("a", "b"):  # what `a` held is gone
+        store.release(lease_of(store, name))
+    gate = Gate(store)
+    early, _first = store.want((("same", 1.0),)), store.want((("a", 1.0),))
+    write_lora(build_pico("llama"), folder, seed=2)
+    late = store.want((("a", 1.0),))
+    gate.go.set()
+    assert wait_for(store, early) == "ready"
+    store.drop(early)
+    assert wait_for(store, late) == "ready"
+    lease = store.lease(late)
+    assert lease is not None
+    assert torch.equal(row_of(store, lease), first_row(folder))
+    store.release(lease)
 
 
 def test_a_name_given_to_another_folder_serves_later_requests_from_there(

@@ -70,9 +70,9 @@ class _Archive:
             elif start[257:262] == b"ustar" or is_old_tar(start):
                 yield tar_members(file, limits)
             else:
+                begins = f"it begins with {start[:8].hex(' ')}" if start else "it is empty"
                 raise UploadError(
-                    f"this is neither a zip nor a tar (it begins with {start[:8].hex(' ')}); send .zip, .tar or "
-                    ".tar.gz",
+                    f"this is neither a zip nor a tar ({begins}); send .zip, .tar or .tar.gz",
                     code="archive_kind",
                 )
 

@@ -15,6 +15,7 @@ from loramux.server.errors import ApiError
 from loramux.server.resolve import AUTO, unknown_model
 
 PAGE = 1000
+LATEST = "latest"
 
 
 def router() -> APIRouter:
@@ -83,9 +84,11 @@ def _base_card(request: Request) -> dict[str, Any]:
 
 
 def _id(version: Any, base_name: str, own: str) -> str:
-    """An own adapter has the plain name, as whoever loaded it by vLLM's call looks for it."""
+    """An own adapter has the plain name, as whoever loaded it by vLLM's call looks for it; what the name alone
+    does not lead to has its number too."""
     is_plain = version.tenant == own and version.name != base_name
-    return str(version.name if is_plain else f"{version.tenant}/{version.name}")
+    name = str(version.name if is_plain else f"{version.tenant}/{version.name}")
+    return name if LATEST in version.aliases else f"{name}@{version.version}"
 
 
 def _card(version: Any, base_name: str, own: str) -> dict[str, Any]:
