@@ -62,6 +62,10 @@ class Intake:
         """Whether this job was read soundly and there was no room for it so far."""
         return self._is_arrived and job is self._running and job is not None and not job.error
 
+    def has_failed(self, job: Job) -> bool:
+        """Whether what is wrong with its folder concerns those who waited for it; known once the loader is done."""
+        return job.error is not None and not job.is_void and job is not self._running
+
     def pump(self, tickets: Iterable[Ticket], now: Callable[[], object]) -> None:
         """Let in what was read, start reading the next. `now()` must differ when there may be more room than before."""
         if not self.jobs or now() == self._tried:

@@ -293,7 +293,7 @@ class AdapterStore:
             if self._is_ready(entry):
                 content = self._content(name)
                 contents[content.digest] = content
-            elif job is not None and job.error is not None and not job.is_void:
+            elif job is not None and self._intake.has_failed(job):
                 return Reason(f"adapter {name!r}: {job.error}", getattr(job.error, "code", ""))
             elif self._intake.at_door(entry.job):
                 assert entry.job is not None and entry.job.content is not None
