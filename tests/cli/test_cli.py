@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -50,6 +51,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise result
             return result
 
+        importlib.import_module(module.rpartition(".")[0])  # with its own parts, not with this one
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: function}))
         return calls
 
