@@ -21,6 +21,7 @@ from engine.folders import (
     write_lora,
 )
 from loramux.engine.content import Content
+from loramux.engine.loader import Job
 from loramux.engine.store import AdapterStore
 from pico import build_pico
 
@@ -192,3 +193,21 @@ def test_an_error_of_an_older_version_of_a_folder_is_not_a_later_requests(
     write_lora(build_pico("llama"), folder)
     assert wait_for(store, store.want((("a", 1.0),))) == "ready"
     assert early.state in ("ready", "failed")
+
+
+def test_a_folder_repaired_before_anybody_was_told_what_is_wrong_with_it_is_read_again(
+    store: AdapterStore, lora: Folders, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(lora(0), tmp_path / "a")
+    truncate(folder)
+    store.register("a", folder)
+    told, read = store._intake._loader._done, []
+
+    def done(job: Job) -> None:
+        read.append(job.error)
+        write_lora(build_pico("llama"), folder)
+        told(job)
+
+    store._intake._loader._done = done
+    assert wait_for(store, store.want((("a", 1.0),))) == "ready"
+    assert [error is None for error in read] == [False, True]
