@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import zipfile
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from fastapi.testclient import TestClient
 
 from engine.helpers import write_peft
+from loramux.registry import Registry
+from loramux.server import build
 from loramux.server.app import create_app
 from loramux.server.build import build_services
 from loramux.server.config import ServerConfigError, load_config, parse_config
@@ -123,3 +126,22 @@ def test_a_part_that_cannot_be_opened_is_one_error_that_names_its_key(
         build_services(config)
     assert str(caught.value).startswith(said.replace("{file}", str(tmp_path / "file")))
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_server_reads_keys_beside_its_event_loop(tmp_path: Path, url: bool) -> None:
+    tenants = {"enabled": True, **({"url": f"sqlite:///{tmp_path / 'tenants'}"} if url else {})}
+    with Registry.open(tmp_path) as registry:
+        tenancy = build._tenancy(parse_config({"base": "x", "tenants": tenants}), registry)
+        tenancy.tenants.create("acme", actor="test")
+        threads: list[str] = []
+        real = tenancy.cache._ask
+
+        def ask(now: float) -> None:
+            threads.append(threading.current_thread().name)
+            real(now)
+
+        tenancy.cache._ask = ask
+        tenancy.cache._asked_at = tenancy.cache._known_at = -float("inf")
+        assert set(tenancy.cache.tenants()) == {"acme"}
+        assert threads and threading.current_thread().name not in threads

@@ -252,6 +252,66 @@ def test_nobody_is_let_in_while_revocations_cannot_be_seen(tenancy, key, clock, 
     tenancy.keys.authenticate(key.secret)
 
 
+def test_a_database_that_hangs_holds_up_nobody_who_asks_beside_it(engine, clock, wall, monkeypatch):
+    """An event loop asks here: one wait of `PATIENCE_S` at most, then refusals at once until there is an answer."""
+    monkeypatch.setattr("loramux.tenancy.cache.PATIENCE_S", 0.2)
+    tenancy = Tenancy.open(engine, clock=clock, wall=wall, asks_beside=True)
+    tenancy.tenants.create("acme", actor="test")
+    key = tenancy.keys.create("acme", ["infer"], actor="test")
+    real, asked, answers = tables.current, threading.Event(), threading.Event()
+
+    def hang(connection: object) -> int:
+        asked.set()
+        assert answers.wait(60)
+        return real(connection)
+
+    monkeypatch.setattr(tables, "current", hang)
+    clock.now += 0.9
+    assert tenancy.keys.authenticate(key.secret).tenant == "acme"  # known for less than a second
+    assert asked.wait(60)
+    clock.now += 0.15
+    error = refused(tenancy, key.secret)
+    assert (error.code, error.status) == ("auth_unavailable", 503)
+    monkeypatch.setattr("loramux.tenancy.cache.PATIENCE_S", 0.0)
+    assert refused(tenancy, key.secret).code == "auth_unavailable"
+    answers.set()
+    monkeypatch.setattr("loramux.tenancy.cache.PATIENCE_S", 60.0)
+    clock.now += 0.5
+    assert tenancy.keys.authenticate(key.secret).tenant == "acme"
+
+
+def test_who_asks_beside_the_database_sees_a_revocation_within_a_second(engine, clock, wall):
+    one, two = (Tenancy.open(engine, clock=clock, wall=wall, asks_beside=True) for _ in range(2))
+    one.tenants.create("acme", actor="test")
+    key = one.keys.create("acme", ["infer"], actor="test")
+    clock.now += 1.0
+    assert two.keys.authenticate(key.secret).tenant == "acme"
+    one.keys.revoke(key.key.id, actor="test")
+    assert refused(one, key.secret).code == "invalid_api_key"
+    clock.now += 1.0
+    assert refused(two, key.secret).code == "invalid_api_key"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_database_that_fails_in_a_way_nobody_foresaw_lets_nobody_in_and_is_asked_again(
+    engine, clock, wall, monkeypatch, beside
+):
+    tenancy = Tenancy.open(engine, clock=clock, wall=wall, asks_beside=beside)
+    tenancy.tenants.create("acme", actor="test")
+    key = tenancy.keys.create("acme", ["infer"], actor="test")
+
+    def explode(connection: object) -> int:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tables, "current", explode)
+        clock.now += 1.0
+        with pytest.raises((AuthError, ZeroDivisionError)):
+            tenancy.keys.authenticate(key.secret)
+    clock.now += 1.0
+    assert tenancy.keys.authenticate(key.secret).tenant == "acme"
+
+
 @pytest.mark.parametrize("scopes", [[], ["infr"], ["infer", "root"]])
 def test_a_key_needs_scopes_that_exist(tenancy, key, scopes):
     before = tenancy.keys.list()

@@ -186,7 +186,7 @@ def _build(home: Path, config: dict[str, Any], stub: float | None) -> tuple[Any,
     registry = Registry.open(home / "registry")
     return settings, Services(
         engine=StubEngine(stub), tokenizer=StubTokenizer(), max_length=4096, registry=registry,
-        tenancy=Tenancy.open(registry.database) if settings.tenants.enabled else None,
+        tenancy=Tenancy.open(registry.database, asks_beside=True) if settings.tenants.enabled else None,
         signer=open_issuer(settings, home / "data", None),
         base=base_shape(home / "base") if (home / "base").is_dir() else None,
     )  # fmt: skip

@@ -104,13 +104,15 @@ def _tenancy(config: ServerConfig, registry: Registry) -> Any:
     from loramux.tenancy import Tenancy
 
     if config.tenants.url is None:
-        return Tenancy.open(registry.database)
+        return Tenancy.open(registry.database, asks_beside=True)
     from loramux.registry.db import open_database
     from loramux.tenancy.service import kept_by
 
     # What a tenant keeps is in the registry's database, whatever holds the tenants.
     return Tenancy.open(
-        open_database(config.tenants.url), stored=lambda tenant: kept_by(registry.database, tenant)
+        open_database(config.tenants.url),
+        stored=lambda tenant: kept_by(registry.database, tenant),
+        asks_beside=True,
     )
 
 

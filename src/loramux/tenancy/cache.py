@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 MAX_AGE_S = 1.0
+PATIENCE_S = 2.0
 # Compared with when no key has the id: the same work, and nothing hashes to it.
 _NOBODY = "x" * 64
 INVALID = "this API key is not valid: it is unknown, expired or revoked"
@@ -49,8 +50,16 @@ class _Entry:
     is_usable: bool  # neither revoked nor of a disabled tenant
 
 
+@dataclass(frozen=True)
+class _Question:
+    """To the database, by a thread of its own."""
+
+    began: float
+    is_over: threading.Event
+
+
 class KeyCache:
-    """All keys of all tenants. clock: monotonic seconds; wall: seconds since 1970."""
+    """All keys of all tenants. clock: monotonic seconds; wall: seconds since 1970. asks_beside: see the file."""
 
     def __init__(
         self,
@@ -59,9 +68,12 @@ class KeyCache:
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
+        asks_beside: bool = False,
     ) -> None:
         self._engine, self._clock, self._wall, self._poll_s = engine, clock, wall, poll_s
-        self._lock = threading.Lock()
+        self._asks_beside = asks_beside
+        self._lock, self._starting = threading.Lock(), threading.Lock()
+        self._question: _Question | None = None
         self._entries: dict[str, _Entry] = {}
         self._rows: dict[str, Mapping[str, Any]] = {}
         self._tenants: dict[str, Tenant] = {}
@@ -119,22 +131,54 @@ class KeyCache:
         now = self._clock()
         if now - self._asked_at < self._poll_s and now - self._known_at < MAX_AGE_S:
             return
-        # One thread asks; the others go on with what is known while it is young enough.
-        if not self._lock.acquire(blocking=now - self._known_at >= MAX_AGE_S):
-            return
-        try:
-            now = self._clock()
-            if now - self._asked_at >= self._poll_s:
-                self._asked_at = now
-                self._ask(now)
-        finally:
-            self._lock.release()
-        if now - self._known_at >= MAX_AGE_S:
+        if self._asks_beside:
+            self._refresh_beside(now)
+        else:
+            self._refresh_here(now)
+        if self._clock() - self._known_at >= MAX_AGE_S:
             raise AuthError(
                 "keys cannot be checked at the moment; try again",
                 code="auth_unavailable",
                 status=503,
             )
+
+    def _refresh_here(self, now: float) -> None:
+        # One thread asks; the others go on with what is known while it is young enough.
+        if self._lock.acquire(blocking=now - self._known_at >= MAX_AGE_S):
+            try:
+                self._ask_if_due()
+            finally:
+                self._lock.release()
+
+    def _refresh_beside(self, now: float) -> None:
+        with self._starting:
+            question = self._question
+            if question is None and now - self._asked_at >= self._poll_s:
+                question = self._question = _Question(now, threading.Event())
+                thread = threading.Thread(target=self._answer, args=(question,), daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has no thread left
+                    self._question = question = None
+                    log.exception("keys cannot be read")
+        if question is not None and now - self._known_at >= MAX_AGE_S:
+            question.is_over.wait(max(0.0, PATIENCE_S - (now - question.began)))
+
+    def _answer(self, question: _Question) -> None:
+        try:
+            with self._lock:
+                self._ask_if_due()
+        except Exception:
+            log.exception("keys cannot be read")
+        finally:
+            self._question = None
+            question.is_over.set()
+
+    def _ask_if_due(self) -> None:
+        now = self._clock()
+        if now - self._asked_at >= self._poll_s:
+            self._asked_at = now
+            self._ask(now)
 
     def _ask(self, now: float) -> None:
         try:

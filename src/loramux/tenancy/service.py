@@ -48,11 +48,12 @@ class Tenancy:
         wall: Callable[[], float] = time.time,
         poll_s: float = POLL_S,
         stored: Stored | None = None,
+        asks_beside: bool = False,
     ) -> Tenancy:
         """engine: `registry.db.open_database(url)`. stored: bytes and adapters that a tenant keeps, by default those
-        of the registry in the same database."""
+        of the registry in the same database. asks_beside: keys are read by a thread of their own, for an event loop."""
         migrate(engine)
-        cache = KeyCache(engine, clock=clock, wall=wall, poll_s=poll_s)
+        cache = KeyCache(engine, clock=clock, wall=wall, poll_s=poll_s, asks_beside=asks_beside)
         quotas = Quotas(clock=clock, stored=stored or (lambda tenant: kept_by(engine, tenant)))
         return cls(engine, cache, quotas, Audit(engine, wall=wall), wall)
 
