@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 MAX_AGE_S = 1.0
 PATIENCE_S = 2.0
+GLANCE_S = 0.05  # waited for news while what is known is young enough: mostly they are there by then
 # Compared with when no key has the id: the same work, and nothing hashes to it.
 _NOBODY = "x" * 64
 INVALID = "this API key is not valid: it is unknown, expired or revoked"
@@ -161,8 +162,9 @@ class KeyCache:
                 except RuntimeError:  # the system has no thread left
                     self._question = question = None
                     log.exception("keys cannot be read")
-        if question is not None and now - self._known_at >= MAX_AGE_S:
-            question.is_over.wait(max(0.0, PATIENCE_S - (now - question.began)))
+        if question is not None:
+            patience = PATIENCE_S if now - self._known_at >= MAX_AGE_S else GLANCE_S
+            question.is_over.wait(max(0.0, patience - (now - question.began)))
 
     def _answer(self, question: _Question) -> None:
         try:
