@@ -65,10 +65,19 @@ def test_a_request_that_cannot_be_aborted_ends_with_the_error_and_the_others_go_
     assert len(done[0][0].token_ids) == 60
 
 
-def test_at_shutdown_everybody_is_told_although_the_first_cannot_be_aborted():
+class Panic(BaseException):
+    """As native code raises it, such as a tokenizer's."""
+
+
+@pytest.mark.parametrize("error", [RuntimeError, Panic])
+def test_at_shutdown_everybody_is_told_although_the_first_cannot_be_aborted(error):
     """Regression: the others waited for ever."""
     engine = CountingEngine()
-    engine.abort = fail
+
+    def refuse(_):
+        raise error("the books do not add up")
+
+    engine.abort = refuse
 
     async def main():
         front = AsyncEngine(engine)

@@ -1,5 +1,6 @@
 """Sets of retrieved adapters under a trained router: in a handle, in an engine, in a pool, and what is refused."""
 
+import dataclasses
 import random
 import shutil
 import time
@@ -197,6 +198,53 @@ def test_an_idle_set_makes_room_for_an_ordinary_adapter_and_one_that_is_held_is_
         assert done[0].error is None
         assert set(engine.adapters) == {"plain", second}
         engine.check_integrity()
+
+
+def test_who_waits_for_a_set_to_be_let_go_keeps_nobody_from_using_it(trained: Trained):
+    """Regression: newcomers were held back for it, those for whom the set was held among them, for ever."""
+    with build_engine() as engine:
+        limits = dataclasses.replace(engine.scheduler.limits, patience=0)
+        engine.scheduler.limits = limits
+        pool = RamolePool(trained.router, trained.folders.__getitem__)
+        name = pool.hold(engine, trained.ids[:2])
+        engine.store.memory.limit = engine.store.stats().memory_bytes
+        engine.add_adapter("plain", trained.folders[trained.ids[0]])
+        engine.add_request(greedy([3, 4, 5], "plain", 2, id="waits"))
+        while not engine.store.wait(1.0):
+            pass
+        engine.step()
+        engine.add_request(greedy([3, 4, 5], name, 2, id="uses"))
+        for _ in range(20):
+            engine.step()
+        assert engine.completion("uses") is not None
+        pool.release(engine, name)
+        while (done := engine.completion("waits")) is None:
+            engine.step()
+        assert done[0].error is None
+
+
+def test_no_set_goes_where_that_would_not_be_room_enough(trained: Trained):
+    with build_engine() as engine:
+        pool = RamolePool(trained.router, trained.folders.__getitem__)
+        engine.add_adapter("given", pool.prepare(engine, trained.ids))
+        idle, held = pool.hold(engine, trained.ids[:1]), pool.hold(engine, trained.ids[1:2])
+        pool.release(engine, idle)
+        engine.store.memory.limit = engine.store.stats().memory_bytes
+        assert engine.store.tiers.make_room(2**40) == "never"
+        assert set(engine.adapters) == {"given", idle, held}
+        assert engine.store.tiers.make_room(1) == "made"
+        assert engine.store.tiers.make_room(1) == "later"
+        assert set(engine.adapters) == {"given", held}
+
+
+def test_a_set_whose_name_somebody_took_back_is_in_nobodys_way(trained: Trained):
+    with build_engine() as engine:
+        pool = RamolePool(trained.router, trained.folders.__getitem__, limit=1)
+        name = pool.hold(engine, trained.ids[:2])
+        engine.remove_adapter(name)
+        pool.release(engine, name)
+        other = pool.hold(engine, trained.ids[1:3])
+        assert engine.adapters == [other] and len(pool) == 1
 
 
 def test_a_set_can_be_prepared_beside_a_running_engine(trained: Trained):

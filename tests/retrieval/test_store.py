@@ -180,6 +180,28 @@ def test_an_index_that_outlives_a_server_forgets_what_was_withdrawn_between_two(
     assert second.ids() == ["ann/law@1"]
 
 
+def test_a_follower_takes_out_nothing_that_its_registry_never_had(
+    local: Registry, tmp_path: Path
+) -> None:
+    """Of another registry in the same collection, or put there by hand."""
+    ProfileStore.beside(local)
+    publish(local, tmp_path, "chess")
+    with Registry.open(tmp_path / "other") as other:
+        ProfileStore.beside(other)
+        publish(other, tmp_path, "law", tenant="bob")
+        retriever = Retriever()
+        retriever.upsert("by hand", make_profile(samples("bread")), owner="me")
+        for registry, expected in (
+            (local, ["ann/chess@1", "by hand"]), (other, ["ann/chess@1", "bob/law@1", "by hand"]),
+            (local, ["ann/chess@1", "bob/law@1", "by hand"]),
+        ):  # fmt: skip
+            follow(retriever, registry)
+            assert sorted(retriever.index.ids()) == expected
+        other.delete("bob/law", "tester")
+        follow(retriever, other)
+        assert sorted(retriever.index.ids()) == ["ann/chess@1", "by hand"]
+
+
 FOLLOWS = """
 import json, sys
 from loramux.registry import Registry

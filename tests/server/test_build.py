@@ -105,14 +105,19 @@ def test_a_server_from_a_file_serves_uploads_finds_them_and_signs_what_answered(
         ({"tenants": {"enabled": True, "url": "sqlite:///{file}/t.sqlite3"}}, "tenants: "),
         ({"data": "{file}/data"}, "data: {file}/data"),
         ({"uploads": {"lora_path_roots": ["{file}"]}}, "uploads.lora_path_roots: {file} is no folder"),
-        ({"retrieval": {"encoder": "none", "qdrant_url": "http://127.0.0.1:1"}}, "retrieval.qdrant_url: "),
+        (
+            {"retrieval": {
+                "encoder": "none", "qdrant_url": "http://127.0.0.1:1", "qdrant_collection": "mine",
+            }},
+            "retrieval.qdrant_url: ",
+        ),
     ],
 )  # fmt: skip
 def test_a_part_that_cannot_be_opened_is_one_error_that_names_its_key(
     tmp_path, monkeypatch, named, said
 ):
-    def connect(*_):  # its client warns in a thread of its own
-        raise RuntimeError("connection refused")
+    def connect(*_, collection):  # its client warns in a thread of its own
+        raise RuntimeError(f"{collection}: connection refused")
 
     monkeypatch.setattr("loramux.retrieval.QdrantIndex.connect", connect)
     build_pico("llama").save_pretrained(tmp_path / "base")
@@ -125,6 +130,7 @@ def test_a_part_that_cannot_be_opened_is_one_error_that_names_its_key(
     with pytest.raises(ServerConfigError) as caught:
         build_services(config)
     assert str(caught.value).startswith(said.replace("{file}", str(tmp_path / "file")))
+    assert "qdrant" not in said or "mine: connection refused" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

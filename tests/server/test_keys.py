@@ -155,6 +155,7 @@ def test_a_stream_whose_reader_leaves_is_charged_for_what_it_was_given_and_frees
         task = asyncio.ensure_future(made.app(scope, receive, send))
         while len(sent) < 4:
             await asyncio.sleep(0.005)
+        made.services.engine.delay_s = 300.0  # of every token from here on: nothing ends by itself
         gone.set()
         await asyncio.wait_for(task, 60)
 

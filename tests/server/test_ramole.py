@@ -158,3 +158,20 @@ def test_without_room_for_the_set_the_call_is_told_to_come_again(served, monkeyp
     response = http.post("/v1/completions", json={"model": "router:ramole", "prompt": "the judge"})
     assert error_of(response, 503)["code"] == "overloaded" and "secret" not in response.text
     assert response.headers["retry-after"] == "1"
+
+
+def test_what_another_call_pushed_out_of_memory_meanwhile_is_judged_all_the_same(
+    served, monkeypatch
+):
+    """Regression: beyond the limit a judgement could be gone before its own call read it."""
+    _, services, *_ = served
+    router = services.extras["ramole"]
+    monkeypatch.setattr("loramux.server.ramole.MAX_JUDGED", 1)
+    versions = list(services.registry.visible("local"))
+    assert len(versions) == 3
+
+    async def main():
+        return await asyncio.gather(*(router._judge(services, versions[n:]) for n in (0, 1, 2, 0)))
+
+    assert asyncio.run(main()) == [[True] * 3, [True] * 2, [True], [True] * 3]
+    assert len(router._fits) == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,10 +25,9 @@ from loramux.server.replay import check_registry, check_reply, replay
 from loramux.server.services import Services
 from loramux.server.signing import Signer
 from server.bases import World, make_world
+from server.flips import FLIPS, Flips, last_of
 from server.rig import LOCAL, config
 
-FLIPS = int(os.environ.get("LORAMUX_FLIPS", "50"))
-CLIENTS = 6
 PROMPT = [7, 20, 33, 41]
 SIZES = {"kv_memory": "4MiB", "adapter_memory": "64MiB", "slot_memory": "64MiB"}
 
@@ -159,6 +157,11 @@ def test_a_reply_that_says_other_than_its_receipt_is_found_out(
         {}, {"model": "local/tone@1"}, {"usage": {**reply["usage"], "completion_tokens": 99}},
         {"choices": [first]}, {"loramux": {**reply["loramux"], "adapters": []}},
         {"choices": [first, {**first, "finish_reason": "other"}]},
+        {"choices": [first, first]}, {"choices": ["x", 3]}, {"choices": "xy"},
+        {"loramux": {**reply["loramux"], "adapters": [
+            {**each, "weight": 0.5} for each in reply["loramux"]["adapters"]
+        ]}},
+        {"loramux": {**reply["loramux"], "adapters": ["x", None]}}, {"usage": ["x"]},
     ):  # fmt: skip
         assert check_reply({**reply, **changed}, receipt).is_right is not bool(changed)
     for text in (first["text"], "other", ""):
@@ -166,16 +169,50 @@ def test_a_reply_that_says_other_than_its_receipt_is_found_out(
         checks = replay(receipt, [PROMPT, [30, 31]], again, registry, told)
         wrong = [check.what for check in checks if not check.is_right]
         assert wrong == ([] if text == first["text"] else ["answer 0, sample 0: text"])
+    for forged in (
+        {**first, "message": {"content": "other"}}, {**first, "message": "other"},
+        {**first, "message": {"content": None}}, {**first, "text": None}, {**first, "text": 3},
+    ):  # fmt: skip
+        told = {**reply, "choices": [forged, reply["choices"][1]]}
+        checks = replay(receipt, [PROMPT, [30, 31]], again, registry, told)
+        assert [c.what for c in checks if not c.is_right] == ["answer 0, sample 0: text"]
 
 
-def test_a_reply_that_a_stop_text_cut_and_one_without_tokens_are_right(
+def test_choices_are_compared_by_their_numbers_as_clients_read_them(
     app: Any, again: Engine, registry: Registry
 ) -> None:
-    for fields in ({"stop": ["e", "a"], "max_tokens": 12}, {"max_tokens": 0, "echo": True}):
-        reply = ask(app, "law", **fields)
-        receipt = parse(json.dumps(reply))
-        assert check_reply(reply, receipt).is_right
-        assert all_right(replay(receipt, [PROMPT], again, registry, reply))
+    reply = ask(app, "law", [PROMPT, [30, 31]], echo=True)
+    receipt, (one, two) = parse(json.dumps(reply)), reply["choices"]
+    swapped = [{**one, "text": two["text"]}, {**two, "text": one["text"]}]
+    for choices, num_wrong in (([two, one], 0), (swapped, 2)):
+        told = {**reply, "choices": choices}
+        checks = replay(receipt, [PROMPT, [30, 31]], again, registry, told)
+        assert check_reply(told, receipt).is_right
+        assert [check.is_right for check in checks].count(False) == num_wrong
+
+
+def test_a_reply_without_tokens_is_right_and_one_that_says_more_is_not(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    reply = ask(app, "law", max_tokens=0, echo=True)
+    receipt, [choice] = parse(json.dumps(reply)), reply["choices"]
+    for more, is_right in (("", True), ("more", False)):
+        told = {**reply, "choices": [{**choice, "text": choice["text"] + more}]}
+        assert check_reply(told, receipt).is_right
+        assert all_right(replay(receipt, [PROMPT], again, registry, told)) is is_right
+
+
+def test_where_a_stop_text_cut_a_reply_cannot_be_told_and_is_not_called_right(
+    app: Any, again: Engine, registry: Registry
+) -> None:
+    whole = ask(app, "law", max_tokens=6)["choices"][0]["text"]
+    reply = ask(app, "law", max_tokens=6, stop=[whole[-3:], "never said"])
+    receipt, [choice] = parse(json.dumps(reply)), reply["choices"]
+    assert choice["finish_reason"] == "stop" and check_reply(reply, receipt).is_right
+    for text, is_right in ((choice["text"], None), ("", None), ("other", False)):
+        told = {**reply, "choices": [{**choice, "text": text}]}
+        *_, check = replay(receipt, [PROMPT], again, registry, told)
+        assert check.what.endswith("text") and check.is_right is is_right
 
 
 def test_without_a_replay_the_command_says_that_it_did_not_look_at_the_text(
@@ -183,7 +220,8 @@ def test_without_a_replay_the_command_says_that_it_did_not_look_at_the_text(
 ) -> None:
     reply = ask(app, "law")
     given = ["verify", str(tmp_path / "reply.json"), "--registry", str(home)]
-    for file, told in ((reply, [True, None]), (reply["loramux"]["receipt"], [])):
+    chunk = {**reply, "usage": None}
+    for file, told in ((reply, [True, None]), (chunk, [None]), (reply["loramux"]["receipt"], [])):
         (tmp_path / "reply.json").write_text(json.dumps(file))
         assert main([*given, "--json", "-"]) == 0
         checks = json.loads(capsys.readouterr().out)["checks"]
@@ -331,46 +369,6 @@ def test_receipts_of_a_mixed_batch_name_the_true_digests(
         assert all_right(replay(receipt, [PROMPT], again, registry)), model
     issuer = services.signer
     assert isinstance(issuer, Issuer) and issuer.num_mismatched == 0
-
-
-class Flips:
-    """Clients that ask `law@prod` while it moves between two versions, and what they got."""
-
-    def __init__(self, app: Any) -> None:
-        self.app, self.replies, self.is_over = app, list[tuple[int, str]](), False
-
-    async def run(self) -> None:
-        transport = httpx.ASGITransport(self.app)
-        async with httpx.AsyncClient(transport=transport, base_url=LOCAL) as http:
-            clients = [asyncio.ensure_future(self._ask(http, i)) for i in range(CLIENTS)]
-            for i in range(FLIPS):
-                # Held back until somebody was answered: every flip meets requests under way.
-                seen = len(self.replies)
-                moved = await http.put("/v1/adapters/law/aliases/prod", json={"version": 1 + i % 2})
-                assert moved.status_code == 200, moved.text
-                while len(self.replies) == seen and not any(task.done() for task in clients):
-                    await asyncio.sleep(0.001)
-            self.is_over = True
-            await asyncio.gather(*clients)
-
-    async def _ask(self, http: httpx.AsyncClient, place: int) -> None:
-        body = {
-            "model": "law@prod", "prompt": [7 + place, 20], "max_tokens": 6, "temperature": 0,
-            "stream": place % 2 == 0, "ignore_eos": True,
-        }  # fmt: skip
-        while not self.is_over:
-            reply = await http.post("/v1/completions", json=body)
-            self.replies.append((reply.status_code, reply.text))
-
-
-def last_of(text: str) -> dict[str, Any]:
-    """A whole reply, or the chunk of a stream that carries the receipt."""
-    if "data: [DONE]" not in text:
-        found: dict[str, Any] = json.loads(text)
-        return found
-    chunks = [json.loads(x[6:]) for x in text.splitlines() if x.startswith("data: {")]
-    [found] = [chunk for chunk in chunks if chunk.get("loramux")]
-    return found
 
 
 def test_aliases_that_move_under_load_fail_no_request_and_mix_no_answer(

@@ -266,7 +266,7 @@ def test_a_choice_made_while_the_retriever_follows_is_known_to_be_stale():
     assert seen == [before + 1] and names.epoch == before + 2
 
 
-def test_names_are_resolved_while_what_follows_the_registry_fails_and_it_is_tried_again():
+def test_names_are_resolved_while_what_follows_the_registry_fails_and_it_is_tried_again(caplog):
     """Regression: one failure of the index, and no name was resolved until it was well again."""
     registry, now, tries = StubRegistry(), [0.0], []
     registry.add("local", "law")
@@ -284,6 +284,7 @@ def test_names_are_resolved_while_what_follows_the_registry_fails_and_it_is_trie
 
     asyncio.run(main())
     assert len(tries) == 3
+    assert [record.levelname for record in caplog.records] == ["ERROR", "WARNING"]  # once each
 
 
 def test_auto_never_chooses_what_the_caller_may_not_use():

@@ -103,8 +103,9 @@ def streamed(server: Stopping, **fields: Any) -> list[Any]:
     return said
 
 
-def test_a_stream_that_outlives_the_grace_ends_with_an_error_its_receipt_and_done(started):
-    server = started(0.2)
+@pytest.mark.parametrize("grace_s", [0.0, 0.2])
+def test_a_stream_that_outlives_the_grace_ends_with_an_error_its_receipt_and_done(started, grace_s):
+    server = started(grace_s)
     *chunks, failed, done = streamed(server)
     assert done == "[DONE]"
     assert failed["error"]["code"] == "overloaded"

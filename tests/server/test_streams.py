@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from loramux.engine.aio import EngineClosedError
 from loramux.server.app import create_app
-from loramux.server.errors import ApiError
+from loramux.server.errors import ApiError, as_api_error
 from loramux.server.limits import Gate
 from loramux.server.loaded import LoadedAdapters
 from loramux.server.streams import DONE, HEARTBEAT, EventStream, event
@@ -89,15 +90,16 @@ def test_silence_is_filled_with_comments_that_clients_ignore():
 
 @pytest.mark.parametrize("way", ["leaves", "stalls"])
 def test_a_reader_that_leaves_or_takes_nothing_ends_the_call_and_gives_everything_back(way):
-    services = stub_services(engine=StubEngine(delay_s=0.05))  # minutes, if nobody ended it
+    services = stub_services(engine=StubEngine(delay_s=0.05))
     app = create_app(config(limits={"write_timeout_s": 0.05}), services)
 
     async def main() -> None:
         reader = Reader(stuck_after=3 if way == "stalls" else None)
-        task = asyncio.ensure_future(ask(app, reader, n=10, max_tokens=900))
+        task = asyncio.ensure_future(ask(app, reader, n=10))
         while len(reader.sent) < 3:
             assert not task.done()
             await asyncio.sleep(0.005)
+        services.engine.delay_s = 300.0  # of every token from here on: nothing ends by itself
         assert services.engine.running == services.gate.num_inflight == 1
         if way == "leaves":
             reader.gone.set()
@@ -245,6 +247,27 @@ def test_an_adapter_that_cannot_be_read_is_tried_again_by_the_next_call():
     assert engine.folders == {"a": "folder"}
 
 
+def test_an_engine_that_was_shut_down_meanwhile_is_no_fault_of_the_call():
+    """Regression: a call whose adapter was being read was told `this cannot be done as asked`, with 400; and one that
+    had been answered failed where its adapter was to be taken back."""
+    engine = StubEngine()
+
+    async def closed(_: Any) -> None:
+        raise EngineClosedError("the engine is shut down")
+
+    async def main() -> None:
+        loaded = LoadedAdapters(engine, lambda version: "folder", limit=0)
+        async with loaded.pinned([V("a")]):
+            engine.call = closed
+        with pytest.raises(EngineClosedError) as caught:
+            async with loaded.pinned([V("b")]):
+                pass
+        told = as_api_error(caught.value)
+        assert (told.status, told.code, str(told)) == (503, "overloaded", "the server is stopping")
+
+    asyncio.run(main())
+
+
 def test_what_fails_at_the_end_keeps_nothing_else_from_being_closed():
     """Regression: an engine that could not be shut down left the tenants' ledger unwritten."""
     closed = []
@@ -259,6 +282,7 @@ def test_what_fails_at_the_end_keeps_nothing_else_from_being_closed():
 
     services = stub_services(engine=Engine(), registry=Part())
     served = create_app(config(), services)
+    services.tenancy = Part()  # its ledger goes into the registry's database, so it is first
     with pytest.raises(RuntimeError, match="books"), TestClient(served, base_url=LOCAL):
         pass
-    assert closed == [services.registry]
+    assert closed == [services.tenancy, services.registry]

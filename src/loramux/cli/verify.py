@@ -85,6 +85,12 @@ def run(
     checks = [Check("signature", True, keys.describe(str(receipt.body["key"])))]
     if reply is not None:
         checks.append(check_reply(reply, receipt))
+    elif _has_choices(text):
+        checks.append(
+            Check(
+                "reply", None, "not a whole reply: only the receipt that it carries was looked at"
+            )
+        )
     if root is not None:
         checks += _with_registry(root, lambda registry: check_registry(receipt, registry))
     if wants_replay:
@@ -122,6 +128,14 @@ def reply_of(text: str) -> Mapping[str, Any] | None:
         return None
     assert isinstance(value, Mapping)
     return value
+
+
+def _has_choices(text: str) -> bool:
+    try:
+        value = json_.loads(text)
+    except ValueError:
+        return False
+    return isinstance(value, Mapping) and "signature" not in value and "choices" in value
 
 
 def _replay(

@@ -318,7 +318,7 @@ class AsyncEngine:
                 try:
                     self._engine.abort(request_id)
                     consumer.completions = self._engine.completion(request_id) or []
-                except Exception as error:  # the others must hear of their end as well
+                except BaseException as error:  # the others must hear of their end as well
                     log.exception("a request could not be ended")
                     self._cause = error
             why = self._why_closed("the engine was shut down before the answer was done")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 
+from loramux.engine.content import Content
 from loramux.engine.leases import Ticket
 from loramux.engine.loader import Job, Loader, Read
 from loramux.engine.names import Entry
@@ -58,9 +59,11 @@ class Intake:
             if entry.job is not self._running:
                 self._forget(entry.job)
 
-    def at_door(self, job: Job | None) -> bool:
-        """Whether this job was read soundly and there was no room for it so far."""
-        return self._is_arrived and job is self._running and job is not None and not job.error
+    def at_door(self, job: Job | None) -> Content | None:
+        """What this job has read, where there was no room for it so far."""
+        return (
+            job.content if job is not None and job is self._running and self._is_arrived else None
+        )
 
     def has_failed(self, job: Job) -> bool:
         """Whether what is wrong with its folder concerns those who waited for it; known once the loader is done."""

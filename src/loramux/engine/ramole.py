@@ -103,17 +103,20 @@ class RamolePool:
                 raise
             engine.add_adapter(name, adapter)
 
-    def _make_room(self, engine: Any) -> Room:
+    def _make_room(self, engine: Any, missing: int) -> Room:
         """The longest unused idle set goes for a request that finds no room beside the sets in memory."""
-        if self._shrink(engine, len(self._held) - 1):
-            return "made"
-        return "later" if self._held else "never"
+        if sum(map(engine.store.size_of, self._held)) < missing:
+            return (
+                "never"  # other adapters given from memory are in the way: no set need go in vain
+            )
+        return "made" if self._shrink(engine, len(self._held) - 1) else "later"
 
     def _shrink(self, engine: Any, most: int) -> int:
         """Forget idle sets until at most so many are left; returns how many went."""
         idle = [name for name, holders in self._held.items() if holders == 0]
         gone = idle[: max(0, len(self._held) - most)]
         for name in gone:
-            engine.remove_adapter(name)
             del self._held[name]
+            if name in engine.store:  # `remove_adapter` is everybody's
+                engine.remove_adapter(name)
         return len(gone)

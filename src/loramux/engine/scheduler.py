@@ -94,7 +94,7 @@ class Scheduler:
         self._was_alone = False
         self._num_preemptions = 0
         self._num_admissions = 0
-        self._reach = 1  # how far idle steps look, in max_probes: ever further, and anew
+        self._num_idle = 0  # steps that began with nothing running
 
     # -- what comes and goes ------------------------------------------------------------------------------------------
 
@@ -301,8 +301,8 @@ class Scheduler:
         """
         probes = self.limits.max_probes
         if not self._running:  # what those in front wait for may be held by one far behind
-            probes *= self._reach
-            self._reach = 2 * self._reach if probes < len(self._waiting) else 1
+            self._num_idle += 1  # every 2nd time twice as far, every 4th four times, and so on
+            probes *= self._num_idle & -self._num_idle
         held: set[str] = set()  # requests whose other samples need not be asked about either
         is_draining = False
         most = math.inf if before is None else self.shares[before.tenant].standing

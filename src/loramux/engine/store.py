@@ -125,6 +125,12 @@ class AdapterStore:
     def __contains__(self, name: str) -> bool:
         return name in self._names.entries
 
+    def size_of(self, name: str) -> int:
+        """Bytes in memory of what the name stands for; 0 for a name nobody gave."""
+        with self._lock:
+            is_here = name in self and self._is_ready(self._names[name])
+            return self._content(name).nbytes if is_here else 0
+
     def _give(self, entry: Entry) -> None:
         self._intake.abandon(self._names.entries.get(entry.name))
         self._sweep(self._names.put(entry))
@@ -269,13 +275,14 @@ class AdapterStore:
             return ticket.last
 
     def _look(self, ticket: Ticket) -> TicketState:
-        entries = [self._names.entries.get(name) for name, _ in ticket.mix]
         if ticket.error is None:
-            ticket.error = self._error(ticket, entries)
+            ticket.error = self._error(ticket)
         if ticket.error is not None:
             self._drop(ticket)
             return "failed"
-        known = [entry for entry in entries if entry is not None]
+        known = [entry for entry in self._entries(ticket) if entry is not None]
+        if len(known) < len(ticket.mix):  # to make room, one of its own names was taken back
+            return self._look(ticket)
         if all(map(self._is_ready, known)):
             return "ready"
         for entry in known:
@@ -283,31 +290,35 @@ class AdapterStore:
         self._pump()
         return "loading"
 
-    def _error(self, ticket: Ticket, entries: Sequence[Entry | None]) -> str | None:
+    def _error(self, ticket: Ticket) -> str | None:
         """Why the request can never have its adapters, as far as is known by now."""
-        contents: dict[str, Content] = {}
-        for (name, _), entry in zip(ticket.mix, entries, strict=True):
+        for (name, _), entry in zip(ticket.mix, self._entries(ticket), strict=True):
             job = ticket.jobs.get(name)
             if entry is None:
                 return f"adapter {name!r} was removed while a request was waiting for it"
-            if self._is_ready(entry):
-                content = self._content(name)
-                contents[content.digest] = content
-            elif job is not None and self._intake.has_failed(job):
+            if not self._is_ready(entry) and job is not None and self._intake.has_failed(job):
                 return Reason(f"adapter {name!r}: {job.error}", getattr(job.error, "code", ""))
-            elif self._intake.at_door(entry.job):
-                assert entry.job is not None and entry.job.content is not None
-                contents[entry.job.content.digest] = entry.job.content
-        never = self._why_never(contents.values())
+        never = self._why_never(self._known(ticket))
         return None if never is None else f"{_listed(ticket)}: {never}"
+
+    def _entries(self, ticket: Ticket) -> list[Entry | None]:
+        return [self._names.entries.get(name) for name, _ in ticket.mix]
+
+    def _known(self, ticket: Ticket) -> list[Content]:
+        """What has been read of its adapters: it is in memory, or at the door."""
+        entries = [entry for entry in self._entries(ticket) if entry is not None]
+        ready = [self._content(entry.name) for entry in entries if self._is_ready(entry)]
+        return ready + [c for entry in entries if (c := self._intake.at_door(entry.job))]
 
     def _is_crowded(self, ticket: Ticket) -> bool:
         with self._lock:
             if self._state(ticket) != "loading":
                 return False
-            entries = [self._names.entries.get(name) for name, _ in ticket.mix]
-            return any(e is not None and self._intake.at_door(e.job) for e in entries) and all(
-                other.order >= ticket.order for other in self._tickets
+            known = self._known(ticket)
+            return (
+                any(content.digest not in self.tiers for content in known)
+                and all(other.order >= ticket.order for other in self._tickets)
+                and self.tiers.num_missing(known, self._names.given) <= 0
             )
 
     def _why_never(self, contents: Collection[Content]) -> str | None:
@@ -353,10 +364,8 @@ class AdapterStore:
             job.error = f"it can never be used: {never}"
             return True
         if not entry.is_stale and entry.identity != job.identity:
-            entry.is_stale = (
-                True  # what it held may be here by another name, and must not be kept for it
-            )
-            self._changes += 1
+            # What it held may be here by another name, and must not be kept for it.
+            entry.is_stale, self._changes = True, self._changes + 1
         if not self._keep(job.content, job.order):
             return False
         self._sweep(self._names.was_read(entry, job.content.digest, job.identity))
@@ -374,7 +383,7 @@ class AdapterStore:
         kept = set(self._names.given)
         for ticket in self._tickets:
             if ticket.order <= order:
-                entries = [self._names.entries.get(name) for name, _ in ticket.mix]
+                entries = self._entries(ticket)
                 kept.update(e.digest for e in entries if e and e.digest and not e.is_stale)
         return kept
 

@@ -16,13 +16,14 @@ Room = Literal["made", "later", "never"]
 class Tiers:
     """Contents by digest. Not thread-safe.
 
-    make_room: asked where contents given from memory leave no room for others; says whether a name was taken back.
+    make_room: asked where contents given from memory leave so many bytes too few for others; says whether a name was
+    taken back.
     """
 
     def __init__(self, memory_bytes: int, slot_bytes: int, max_slots: int, table: SlotTable):
         self.memory = MemoryTier(memory_bytes)
         self.slots = SlotTier(table, max_slots, slot_bytes)
-        self.make_room: Callable[[], Room] = lambda: "never"
+        self.make_room: Callable[[int], Room] = lambda missing: "never"
 
     def __contains__(self, digest: str | None) -> bool:
         return digest in self.memory.residents
@@ -46,19 +47,25 @@ class Tiers:
     ) -> str | None:
         """As `why_never`, where contents given from memory stay; `make_room` is asked where these are in the way."""
         never = self.why_never(contents)
-        own = {content.digest: content.nbytes for content in contents}
-        nbytes = sum(own.values())
         while never is None:
-            held = sum(self[digest].nbytes for digest in given() if digest not in own)
-            if nbytes + held <= self.memory.limit or (room := self.make_room()) == "later":
+            missing = self.num_missing(contents, given())
+            if missing <= 0 or (room := self.make_room(missing)) == "later":
                 return None
             if room == "never":
+                nbytes = sum({content.digest: content.nbytes for content in contents}.values())
+                held = missing + self.memory.limit - nbytes
                 never = (
                     f"it takes {nbytes:,} bytes; of the {self.memory.limit:,} for adapters in memory {held:,} are held "
                     "by adapters given from memory for as long as they have their names; raise adapter_memory or "
                     "remove some of those"
                 )
         return never
+
+    def num_missing(self, contents: Iterable[Content], given: Iterable[str]) -> int:
+        """Bytes by which these do not fit into memory beside contents given from memory; 0 or less where they do."""
+        own = {content.digest: content.nbytes for content in contents}
+        held = sum(self[digest].nbytes for digest in given if digest not in own)
+        return sum(own.values()) + held - self.memory.limit
 
     def keep(self, content: Content, protected: Collection[str]) -> bool:
         """Have a content in memory, for which all but the pinned and the protected may go; whether it is there now."""

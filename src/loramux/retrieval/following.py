@@ -72,17 +72,20 @@ class Follower:
             # New ones first: while a new version takes over, one of the two can be found.
             for start in range(0, len(changed), _MANY):
                 self._add(connection, changed[start : start + _MANY])
-            gone = [ref for ref in self._there() if ref not in wanted]
+            gone = [ref for ref in self._there(connection) if ref not in wanted]
             self.retriever.delete_all(gone)
             for ref in gone:
                 self._known.pop(ref, None)
             self.generation = now
             return True
 
-    def _there(self) -> list[str]:
-        """What may have to go. An index that outlives this process (Qdrant) holds what was withdrawn meanwhile."""
+    def _there(self, connection: Connection) -> list[str]:
+        """What may have to go. An index that outlives this process (Qdrant) holds what was withdrawn meanwhile; what
+        this registry never had a name for was put there by somebody else."""
         if self.generation == -1 and self.caller is None:  # one caller does not see everything
-            return self.retriever.index.ids()
+            rows = connection.execute(select(adapters.c.tenant, adapters.c.name))
+            ours = {f"{tenant}/{name}" for tenant, name in rows}
+            return [ref for ref in self.retriever.index.ids() if ref.rpartition("@")[0] in ours]
         return list(self._known)
 
     @property

@@ -21,7 +21,7 @@ from loramux.server.auth import CallerDep, ServicesDep, authorise
 from loramux.server.config import ServerConfig
 from loramux.server.errors import ApiError
 from loramux.server.services import Services
-from loramux.server.uploads import Form, UploadSlots, received
+from loramux.server.uploads import Form, UploadSlots, received, to_the_end
 from loramux.server.views import actor_of, adapter_view, audit, etag, in_thread, own, ref_of
 
 SLOTS = "upload_slots"  # of Services.extras
@@ -111,7 +111,7 @@ def router() -> APIRouter:
             async with taken as form:
                 await authorise(request)  # the key may have been revoked while the bytes came
                 began = time.time()
-                version, notes = await in_thread(lambda: _publish(services, config, caller, form))
+                version, notes = await to_the_end(lambda: _publish(services, config, caller, form))
         is_new = version.created_at >= began
         headers = {**etag(version), "Location": f"/v1/adapters/{version.name}"}
         view = {**adapter_view(version, caller), "notes": notes}

@@ -131,8 +131,9 @@ def _retriever(
 
         with _answering(config.qdrant_url):
             index = QdrantIndex.connect(
-                config.qdrant_url, getattr(encoder, "id", None), getattr(encoder, "dim", None)
-            )
+                config.qdrant_url, getattr(encoder, "id", None), getattr(encoder, "dim", None),
+                collection=config.qdrant_collection,
+            )  # fmt: skip
     given = config.threshold
     threshold = AbstainAt(config.false_abstain) if given == "calibrated" else given
     retriever = Retriever(index, encoder, base=shape.digest, min_score=threshold)

@@ -124,6 +124,7 @@ class RetrievalConfig(_Strict):
         description="whose shared adapters `auto` may choose beside the caller's own; null: all that share",
     )
     qdrant_url: str | None = None
+    qdrant_collection: str = Field("loramux", min_length=1, description="of this registry alone")
     ramole_router: str | None = Field(None, description="folder of a trained RAMoLE router")
 
 

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from loramux.engine.aio import EngineClosedError
 from loramux.errors import LoramuxError
 from loramux.formats.errors import FormatError
 from loramux.registry.errors import Corrupt, StorageError
@@ -113,6 +114,8 @@ def as_api_error(error: LoramuxError) -> ApiError:
 
 def _hidden(error: LoramuxError) -> ApiError | None:
     """What stands for an error whose own text is the operator's: it may hold paths. None for all others."""
+    if isinstance(error, EngineClosedError):
+        return ApiError("the server is stopping", code="overloaded")
     if isinstance(error, StorageError):
         return ApiError("the registry cannot be reached; try again", code="storage", status=503)
     if isinstance(error, FormatError | Corrupt):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
+
+from loramux.engine.aio import EngineClosedError
 
 
 @dataclass(eq=False)
@@ -84,4 +86,5 @@ class LoadedAdapters:
                         engine.remove_adapter(digest)
 
             # Shielded: they are forgotten here already, so the engine must hear of it although a caller left.
-            await asyncio.shield(asyncio.ensure_future(self._engine.call(remove)))
+            with suppress(EngineClosedError):  # nothing is known to it any more
+                await asyncio.shield(asyncio.ensure_future(self._engine.call(remove)))

@@ -73,17 +73,18 @@ class RamoleRouter:
     async def _judge(self, services: Services, versions: Sequence[Any]) -> list[bool]:
         """Which of these can be experts. One that cannot must not keep the others from answering: it may be a
         stranger's, shared with everybody."""
-        unknown = [version for version in versions if version.digest not in self._fits]
-        if unknown:
-            engine = await services.engine.call(lambda engine: engine)
-            for version in unknown:
-                self._fits[version.digest] = await asyncio.to_thread(
-                    self._can_be_expert, services, engine, version
-                )
-        judged = [self._fits[version.digest] for version in versions]
+        fits: dict[str, bool] = {}  # of this call: another one may drop what is remembered
+        engine = None
+        for digest, version in {version.digest: version for version in versions}.items():
+            found = self._fits.get(digest)
+            if found is None:
+                engine = engine or await services.engine.call(lambda engine: engine)
+                found = await asyncio.to_thread(self._can_be_expert, services, engine, version)
+                self._fits[digest] = found
+            fits[digest] = found
         while len(self._fits) > MAX_JUDGED:
             self._fits.popitem(last=False)
-        return judged
+        return [fits[version.digest] for version in versions]
 
     def _can_be_expert(self, services: Services, engine: Any, version: Any) -> bool:
         from loramux.engine.ramole import assemble_for_engine

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loramux.registry.errors import Corrupt, NotFound, RegistryError
 from loramux.registry.names import NameProblem, Ref, parse_ref
-from loramux.server.receipts import Receipt, ReceiptError, token_digest
+from loramux.server.receipts import Receipt, ReceiptError, decimal, token_digest
 
 if TYPE_CHECKING:
     from loramux.engine.engine import Engine
@@ -36,9 +36,8 @@ def check_reply(reply: Mapping[str, Any], receipt: Receipt) -> Check:
     """Whether a whole reply says what its receipt says: who answered, how many tokens, how each choice ended."""
     said, signed = _said(reply), _signed(receipt)
     if _is_silent(reply, receipt):
-        for side in (said, signed):
-            side["usage"] = side["usage"][:1]
-            side["ends"] = []
+        signed["usage"][1] = 0
+        signed["ends"] = [(index, "length") for index, _ in signed["ends"]]
     wrong = [key for key in signed if said[key] != signed[key]]
     if wrong:
         key = wrong[0]
@@ -47,13 +46,18 @@ def check_reply(reply: Mapping[str, Any], receipt: Receipt) -> Check:
 
 
 def _said(reply: Mapping[str, Any]) -> dict[str, Any]:
-    usage = reply.get("usage") or {}
-    ours = (reply.get("loramux") or {}).get("adapters") or []
+    """Of whatever was put into the file: nothing about it is known."""
+    usage = reply.get("usage")
+    ours = _of(reply.get("loramux"), "adapters") or []
+    listed = ours if isinstance(ours, list) else [ours]
     return {
         "model": reply.get("model"),
-        "adapters": sorted((str(each.get("ref")), str(each.get("digest"))) for each in ours),
-        "usage": [usage.get("prompt_tokens"), usage.get("completion_tokens")],
-        "ends": [choice.get("finish_reason") for choice in reply["choices"]],
+        "adapters": sorted(
+            (str(_of(each, "ref")), str(_of(each, "digest")), _weight(_of(each, "weight")))
+            for each in listed
+        ),
+        "usage": [_of(usage, "prompt_tokens"), _of(usage, "completion_tokens")],
+        "ends": [(_of(each, "index"), _of(each, "finish_reason")) for each in _choices(reply)],
     }
 
 
@@ -61,19 +65,38 @@ def _signed(receipt: Receipt) -> dict[str, Any]:
     samples = [sample for answer in receipt.answers for sample in answer["completions"]]
     return {
         "model": receipt.body.get("model"),
-        "adapters": sorted((str(e.get("ref")), str(e.get("digest"))) for e in _parts(receipt)),
+        "adapters": sorted(
+            (str(e.get("ref")), str(e.get("digest")), str(e.get("weight"))) for e in _parts(receipt)
+        ),
         "usage": [
             sum(answer["prompt"]["tokens"] for answer in receipt.answers),
             sum(sample["tokens"] for sample in samples),
         ],
-        "ends": [sample["finish_reason"] for sample in samples],
+        "ends": [(index, sample["finish_reason"]) for index, sample in enumerate(samples)],
     }
+
+
+def _of(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, Mapping) else None
+
+
+def _weight(value: Any) -> str:
+    """As a receipt writes it. The adapters under `router:ramole` have none."""
+    return decimal(value) if isinstance(value, int | float) else str(value)
+
+
+def _choices(reply: Mapping[str, Any]) -> list[Any]:
+    """By their own numbers: a client goes by these, and not by how they lie."""
+    found = reply.get("choices")
+    listed = found if isinstance(found, list) else []
+    numbered = all(type(_of(each, "index")) is int for each in listed)
+    return sorted(listed, key=lambda each: int(each["index"])) if numbered else listed
 
 
 def _is_silent(reply: Mapping[str, Any], receipt: Receipt) -> bool:
     """A call with max_tokens 0: the engine draws one token, which the reply neither has nor counts."""
-    usage = reply.get("usage") or {}
-    return usage.get("completion_tokens") == 0 and receipt.body["sampling"]["max_tokens"] == 1
+    drawn = _of(reply.get("usage"), "completion_tokens")
+    return bool(drawn == 0 and receipt.body["sampling"]["max_tokens"] == 1)
 
 
 def check_registry(receipt: Receipt, registry: Any) -> list[Check]:
@@ -136,12 +159,44 @@ def replay(
     return checks
 
 
-def _texts_of(reply: Mapping[str, Any] | None, receipt: Receipt) -> list[Any] | None:
+@dataclass(frozen=True)
+class _Told:
+    """What one choice of a reply shows. `texts`: every text in it, one in a reply of ours."""
+
+    texts: list[Any]
+    may_echo: bool
+    is_silent: bool
+
+    def check(self, which: str, asked: str, drawn: str, is_cut: bool) -> Check:
+        """A stop text cuts what was drawn, and `echo` puts the prompt before it."""
+        drawn = "" if self.is_silent else drawn
+        wholes = (drawn, asked + drawn) if self.may_echo else (drawn,)
+        is_same: bool | None = bool(self.texts) and all(text in wholes for text in self.texts)
+        told = "as drawn"
+        if not is_same:
+            told = f"the reply has {self.texts!r:.80}, drawn was {drawn!r:.80}"
+        if not is_same and is_cut and self.texts and all(_begins(wholes, t) for t in self.texts):
+            is_same, told = None, "begins as drawn; where a stop text cut it, no receipt says"
+        return Check(f"{which}: text", is_same, told)
+
+
+def _begins(wholes: Sequence[str], text: Any) -> bool:
+    return isinstance(text, str) and any(whole.startswith(text) for whole in wholes)
+
+
+def _texts_of(reply: Mapping[str, Any] | None, receipt: Receipt) -> list[_Told] | None:
     """The texts of a reply's choices, in the receipt's order; each answer takes its own from the front."""
-    if reply is None or _is_silent(reply, receipt):
+    if reply is None:
         return None
-    choices = reply["choices"]
-    return [(each.get("message") or {}).get("content", each.get("text")) for each in choices]
+    found, is_silent = [], _is_silent(reply, receipt)
+    for choice in _choices(reply):
+        texts = []
+        if _of(choice, "message") is not None:
+            texts.append(_of(choice["message"], "content"))
+        if _of(choice, "text") is not None:
+            texts.append(choice["text"])
+        found.append(_Told(texts, _of(choice, "message") is None, is_silent))
+    return found
 
 
 def _replay(
@@ -151,7 +206,7 @@ def _replay(
     prompt: Sequence[int],
     engine: Engine,
     registry: Any,
-    texts: list[Any] | None,
+    told: list[_Told] | None,
 ) -> list[Check]:
     from loramux.engine.request import Request
 
@@ -175,29 +230,22 @@ def _replay(
         mix[part["digest"]] = float(part["weight"])
     checks = []
     for sample in answer["completions"]:
-        said = texts.pop(0) if texts else None
+        which = f"{what}, sample {sample['index']}"
+        said = told.pop(0) if told else None
+        asked = "" if said is None else str(engine.tokenizer.decode(list(prompt)))
         if not sample["tokens"]:
-            checks.append(Check(f"{what}, sample {sample['index']}", None, "it has no tokens"))
+            checks.append(Check(which, None, "it has no tokens"))
+            checks += [] if said is None else [said.check(which, asked, "", False)]
             continue
         params = _greedy(receipt.body["sampling"], sample["tokens"])
         request = Request(prompt=list(prompt), adapter=mix or None, params=params)
         [[done]] = engine.generate([request])
-        which = f"{what}, sample {sample['index']}"
         found = _compare(which, answer, sample, done)
         if said is not None and found[-1].is_right:
             is_cut = receipt.body["sampling"]["num_stop"] > 0 and sample["finish_reason"] == "stop"
-            asked = str(engine.tokenizer.decode(list(prompt)))
-            found.append(_compare_text(which, said, asked, done.text, is_cut))
+            found.append(said.check(which, asked, done.text, is_cut))
         checks += found
     return checks
-
-
-def _compare_text(what: str, said: Any, asked: str, drawn: str, is_cut: bool) -> Check:
-    """A stop text cuts what was drawn, so the reply has its beginning; `echo` puts the prompt before it."""
-    begins = [text for text in (drawn, asked + drawn) if isinstance(said, str) and text.startswith(said)]  # fmt: skip
-    is_same = said in begins or (is_cut and bool(begins))
-    told = "as drawn" if is_same else f"the reply has {said!r:.80}, drawn was {drawn!r:.80}"
-    return Check(f"{what}: text", is_same, told)
 
 
 def _greedy(sampling: dict[str, Any], num_tokens: int) -> SamplingParams:

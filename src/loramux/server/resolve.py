@@ -132,6 +132,7 @@ class Names:
         self._generation: Any = None
         self._looked_at = -math.inf
         self._look: asyncio.Future[None] | None = None
+        self._is_behind = False  # what `on_change` does
         self._epoch = 0
 
     @property
@@ -210,8 +211,13 @@ class Names:
             if self._on_change is not None:
                 await asyncio.to_thread(self._on_change)
         except Exception:
-            log.exception("what follows the registry is behind; it is tried again")
+            if not self._is_behind:  # once, and not five times a second
+                log.exception("what follows the registry is behind; it is tried again")
+            self._is_behind = True
             return False
+        if self._is_behind:
+            log.warning("what follows the registry is up to date again")
+        self._is_behind = False
         return True
 
     async def _poll(self) -> None:

@@ -10,13 +10,13 @@ import asyncio
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from email.message import Message
 from email.utils import collapse_rfc2231_value
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from fastapi import Request
 from python_multipart.exceptions import MultipartParseError
@@ -24,6 +24,7 @@ from python_multipart.multipart import MultipartParser
 
 from loramux.server.errors import ApiError
 
+T = TypeVar("T")
 PREFIX = "loramux-upload-"
 MAX_PARTS = 2048
 FIELD_BYTES = 4 * 2**20  # of all fields together: samples are the large one
@@ -87,9 +88,10 @@ async def received(
     if given.isdigit() and int(given) > max_bytes + FRAME_BYTES:
         raise _too_large(max_bytes)
     boundary = _boundary(request)
-    home = Path(await asyncio.to_thread(tempfile.mkdtemp, "", PREFIX, folder))
+    made: list[str] = []
     try:
-        reader = _Reader(home, boundary, max_bytes)
+        await to_the_end(lambda: made.append(tempfile.mkdtemp("", PREFIX, folder)))
+        reader = _Reader(Path(made[0]), boundary, max_bytes)
         try:
             async with asyncio.timeout(timeout_s):
                 async for chunk in request.stream():
@@ -102,7 +104,18 @@ async def received(
             reader.close()
         yield reader.end()
     finally:
-        await asyncio.shield(asyncio.to_thread(shutil.rmtree, home, True))
+        for home in made:
+            await asyncio.shield(asyncio.to_thread(shutil.rmtree, home, True))
+
+
+async def to_the_end(work: Callable[[], T]) -> T:
+    """What a thread returns. Who is cancelled waits for it as well, or it would write into a folder that is going."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def sweep(folder: Path | None = None, older_s: float = STALE_S) -> int:
@@ -164,7 +177,7 @@ class _Reader:
             raise _bad_form(str(error)) from None
         pieces, self._pieces = self._pieces, []
         # A disk can be slow; the event loop must not wait for it.
-        await asyncio.to_thread(self._write, pieces)
+        await to_the_end(lambda: self._write(pieces))
 
     def end(self) -> Form:
         if not self._is_over:
