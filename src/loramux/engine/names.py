@@ -68,7 +68,7 @@ class Names:
         if self.entries.get(entry.name) is not entry:
             return None
         self._count(entry, -1)
-        entry.digest, entry.identity = digest, identity
+        entry.digest, entry.identity, entry.is_stale = digest, identity, False
         self._count(entry, 1)
         entry.look()
         return before
