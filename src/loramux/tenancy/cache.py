@@ -33,7 +33,9 @@ log = logging.getLogger(__name__)
 POLL_S = 0.5
 MAX_AGE_S = 1.0
 PATIENCE_S = 2.0
-GLANCE_S = 0.05  # waited for news while what is known is young enough: mostly they are there by then
+GLANCE_S = (
+    0.05  # waited for news while what is known is young enough: mostly they are there by then
+)
 # Compared with when no key has the id: the same work, and nothing hashes to it.
 _NOBODY = "x" * 64
 INVALID = "this API key is not valid: it is unknown, expired or revoked"
