@@ -1,14 +1,14 @@
 """A tenant that floods, and tenants that race for the last of a quota, through HTTP.
 
     python -m loramux.bench.gateway_flood --seconds 60 --rounds 3
-    python -m loramux.bench.gateway_flood --base smollm2-135m --rate 0.1 --seconds 120 --rounds 1
+    python -m loramux.bench.gateway_flood --defaults --base smollm2-135m --rate 0.1 --seconds 120 --rounds 1
     python -m loramux.bench.gateway_flood --races 20
 
 *Flood*: three quiet tenants send streams at random times, alone at first, then beside one that sends `factor` times as
 much as each of them. Measured at the client, from when a call was due: the 95th percentile of the time to the first
 token. Every tenant has the same concurrency limit, below the engine's batch; what exceeds it is refused with
-429. The engine has the server's defaults. Beside it, for machines that others use too: the processor time that the
-server's process used meanwhile.
+429. Steps are small, unless `--defaults` leaves them as the server has them. Beside it, for machines that others use
+too: the processor time that the server's process used meanwhile.
 *Races*: many calls at once meet a limit that lets some of them through; counted is what got through beyond it.
 `loramux.tenancy.flood` measures the same in engine steps, which are alike on every machine.
 """
@@ -37,7 +37,14 @@ from loramux.bench.gateway_world import add_tenants, prepare
 QUIET, FLOOD = ("quiet-0", "quiet-1", "quiet-2"), "flood"
 MOST = 1.5
 CONCURRENCY = 8
-CONFIG = {"tenants": {"enabled": True}, "engine": {"prefix_cache": False, "threads": 1}}
+DEFAULTS = {"tenants": {"enabled": True}, "engine": {"prefix_cache": False, "threads": 1}}
+CONFIG = {
+    "tenants": {"enabled": True},
+    "engine": {
+        "kv_memory": "64MiB", "max_batch": 16, "max_chunk": 32, "max_prompt_tokens": 32,
+        "prefix_cache": False, "threads": 1,
+    },
+}  # fmt: skip
 TOKENS = range(20, 64)  # every base has these, and they end no answer
 RACE_REQUESTS, RACE_CALLS, RACE_TOKENS = 20, 100, 400
 
@@ -175,6 +182,9 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
+        "--defaults", action="store_true", help="steps as the server has them, not small ones"
+    )
+    parser.add_argument(
         "--base", help="a folder or a name of `loramux fetch`; a tiny one without it"
     )
     parser.add_argument("--rate", type=float, default=1.0, help="calls per second and quiet tenant")
@@ -196,7 +206,8 @@ def main() -> int:
         registry = stack.enter_context(Registry.open(home / "registry"))
         tenancy = stack.enter_context(Tenancy.open(registry.database))
         keys = add_tenants(tenancy, [*QUIET, FLOOD], max_concurrency=CONCURRENCY)
-        served = stack.enter_context(in_process(home, CONFIG))
+        config = DEFAULTS if given.defaults else CONFIG
+        served = stack.enter_context(in_process(home, config))
         if given.races is not None:
             done = asyncio.run(races(served, tenancy, given.races))
             over = max(each.overspent for each in done)
