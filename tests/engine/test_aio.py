@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from loramux.engine.aio import QUICK_STEP_S, AsyncEngine, EngineClosedError, EngineFailedError
+from loramux.engine.aio import AsyncEngine, EngineClosedError, EngineFailedError
 from loramux.engine.request import Answered, Completion, Delta, Request, SamplingParams
 
 
@@ -342,14 +342,15 @@ def test_call_runs_between_steps_on_the_engines_thread():
     assert run(scenario) == (True, "loramux-engine")
 
 
-def test_waiting_for_an_adapter_does_not_keep_a_core_busy():
+def test_waiting_for_an_adapter_does_not_keep_a_core_busy(monkeypatch):
+    monkeypatch.setattr("loramux.engine.aio.QUICK_STEP_S", 60.0)  # on a busy machine too
+
     async def scenario(front, engine):
         started = time.perf_counter()
         await front.generate([request(1)])
         return time.perf_counter() - started
 
-    # A step that was quick is followed by a pause, and one that was not took its time itself.
-    assert run(scenario, waits=50) >= 50 * QUICK_STEP_S
+    assert run(scenario, waits=50) >= 0.04
 
 
 def test_an_idle_engine_takes_no_steps():

@@ -103,7 +103,7 @@ def test_a_reader_that_leaves_or_takes_nothing_ends_the_call_and_gives_everythin
         assert services.engine.running == services.gate.num_inflight == 1
         if way == "leaves":
             reader.gone.set()
-        await asyncio.wait_for(task, 60)
+        await asyncio.wait_for(task, 1)
         assert services.engine.running == services.gate.num_inflight == 0
 
     asyncio.run(main())
@@ -148,7 +148,7 @@ def test_a_body_that_does_not_arrive_is_refused():
     reader = Reader()
 
     async def main() -> None:
-        await asyncio.wait_for(ask(app, reader, late=True), 60)
+        await asyncio.wait_for(ask(app, reader, late=True), 1)
 
     asyncio.run(main())
     assert reader.sent[0]["status"] == 408
