@@ -148,6 +148,26 @@ def test_what_nobody_waits_for_any_more_leaves_the_door(make: Stores, lora: Fold
     assert store.want((("a1", 1.0),)).state == "ready"
 
 
+def test_a_prefetch_in_the_way_of_a_request_is_not_read_again_in_vain(
+    make: Stores, lora: Folders
+) -> None:
+    store = make(memory=size_of(make(), lora(0)))
+    for i in range(3):
+        store.register(f"a{i}", lora(i))
+    lease = lease_of(store, "a0")
+    gate = Gate(store)
+    gate.go.set()
+    store.prefetch(["a1"])
+    assert store.wait(20)
+    store.poll()  # there is no room for it
+    ticket = store.want((("a2", 1.0),))
+    assert wait_for(store, ticket) == "loading"
+    store.release(lease)
+    assert wait_for(store, ticket) == "ready"
+    assert not store._intake.jobs
+    assert gate.read == [lora(1).name, lora(2).name]
+
+
 def test_the_search_for_room_is_not_repeated_for_everyone_who_asks(
     make: Stores, lora: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
