@@ -33,6 +33,7 @@ from typing import Any
 from loramux.bench.gateway_http import ask, open_call, quantile
 from loramux.bench.gateway_server import Served, in_process
 from loramux.bench.gateway_world import add_tenants, prepare
+from loramux.errors import LoramuxError
 
 QUIET, FLOOD = ("quiet-0", "quiet-1", "quiet-2"), "flood"
 MOST = 1.5
@@ -197,12 +198,16 @@ def main() -> int:
     given = parser.parse_args()
     if min(given.rate, given.factor, given.seconds, given.rounds) <= 0:
         parser.error("--rate, --factor, --seconds and --rounds must be above 0")
+    try:
+        base = None if given.base is None else base_folder(given.base).resolve()
+    except LoramuxError as error:
+        parser.error(f"--base: {error}")
     with tempfile.TemporaryDirectory(prefix="loramux-flood-") as folder, ExitStack() as stack:
         home = Path(folder)
-        if given.base is None:
+        if base is None:
             prepare(home, 1)
         else:
-            (home / "base").symlink_to(base_folder(given.base).resolve())
+            (home / "base").symlink_to(base)
         registry = stack.enter_context(Registry.open(home / "registry"))
         tenancy = stack.enter_context(Tenancy.open(registry.database))
         keys = add_tenants(tenancy, [*QUIET, FLOOD], max_concurrency=CONCURRENCY)
